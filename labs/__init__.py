@@ -1,0 +1,1 @@
+"""The hands of the lab: the command line, the demo, the doctor, the knowledge base."""

@@ -1,0 +1,367 @@
+"""The command line, `llmlab`: choose, plan, tune, evaluate, index, serve, ask, watch. The Makefile calls it.
+
+Each command reads its configuration, calls one function of a package, and shows what came back. Errors that a person
+can act on are printed without a traceback, and the exit status is theirs.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from typer.core import TyperGroup
+
+from pipelines.errors import LabError
+from pipelines.hardware import OPENMP_ENVIRONMENT
+
+INTERRUPTED = 130
+
+
+class LabGroup(TyperGroup):
+    """Prints a `LabError` as its message and exits with its status; Ctrl-C ends with one line."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command."""
+        try:
+            return super().invoke(ctx)
+        except LabError as error:
+            _fail(str(error), error.exit_status)
+        except KeyboardInterrupt:
+            _fail("interrupted; a checkpoint of a training is kept, and the same command goes on from it", INTERRUPTED)
+
+
+app = typer.Typer(cls=LabGroup, no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
+                  help="A hands-on lab that takes a language model through its whole life.\n\n"
+                       "Example: llmlab finetune smollm2-135m && llmlab eval && llmlab index && llmlab serve")  # fmt: skip
+runs_app = typer.Typer(invoke_without_command=True, help="Finished runs and their passports. Example: llmlab runs list")
+data_app = typer.Typer(no_args_is_help=True, help="Instruction sets. Example: llmlab data show reader --rows 3")
+app.add_typer(runs_app, name="runs")
+app.add_typer(data_app, name="data")
+
+ModelName = Annotated[str, typer.Argument(help="A name from `llmlab models`.")]
+Overrides = Annotated[list[str] | None, typer.Option("--set", help="Override a field of the configuration: schedule.steps=50")]
+Port = Annotated[int | None, typer.Option(min=0, max=65535, help="Port of the gateway; the configuration's if not given.")]
+
+
+@app.command()
+def doctor() -> None:
+    """Check this machine and print the command that fixes each problem."""
+    from labs.doctor import examine
+    from labs.screen import say, table
+
+    findings = examine()
+    table("This machine", ["part", "", "found", "what to do"],
+          [(f.what, f.mark, f.found, "" if f.ok else f.fix) for f in findings])  # fmt: skip
+    if any(f.required and not f.ok for f in findings):
+        raise typer.Exit(1)
+    say("everything that the lab needs is here")
+
+
+@app.command()
+def models() -> None:
+    """List the catalogue."""
+    from labs.screen import table
+    from pipelines.catalogue import FACT_KEYS, all_models
+
+    keys = FACT_KEYS[:4]
+    rows = [
+        [m.name, *(_said(m.facts[k]) if k in m.facts else "" for k in keys), "yes" if m.runnable else ""] for m in all_models()
+    ]
+    table("Models (the document's statement; the maker's after the slash)", ["name", *keys, "runs here"], rows)
+
+
+@app.command()
+def show(name: ModelName) -> None:
+    """Show what the catalogue knows about a model: the document's statements beside the maker's."""
+    from labs.screen import table
+    from pipelines.catalogue import find
+
+    model = find(name)
+    table(
+        model.title, ["fact", "the document", "the maker"], [(k, f.document or "", f.maker or "") for k, f in model.facts.items()]
+    )
+    if model.weights:
+        table("Weights", ["field", "value"], list(model.weights.model_dump().items()))
+
+
+@app.command()
+def plan(name: ModelName, recipe: Annotated[str | None, typer.Argument()] = None, set_: Overrides = None) -> None:
+    """Show what tuning a model needs, against this machine. Example: llmlab plan mistral-7b qlora."""
+    from labs.screen import say, table
+    from pipelines import catalogue, hardware, weights
+    from pipelines.plan import make_plan
+    from pipelines.tune.recipe import load_recipe
+
+    entry = catalogue.runnable(name)
+    chosen = load_recipe(recipe or entry.default_recipe, set_ or ())
+    device = hardware.choose_device()
+    made = make_plan(entry, chosen, hardware.probe(weights.model_cache()), device.choice, on_disk=weights.is_here(entry))
+    table(f"Plan: {name}, {chosen.method}", ["what", "need"], made.rows())
+    made.check()
+    say("it fits")
+
+
+@app.command()
+def pull(name: ModelName) -> None:
+    """Fetch the weights of a model at its pinned revision; a second start resumes."""
+    from labs.screen import say
+    from pipelines import catalogue, weights
+
+    say(f"{name} is in {weights.obtain(catalogue.runnable(name), pull=True, say=say)}")
+
+
+@app.command()
+def finetune(
+    name: ModelName = "smollm2-135m",
+    recipe: Annotated[str | None, typer.Option(help="A name from configs/recipes; the model's own if not given.")] = None,
+    set_: Overrides = None,
+    rehearse: Annotated[bool, typer.Option("--rehearse", help="Rehearse on a shrunk model with random weights.")] = False,
+    pull: Annotated[Literal["auto", "never"], typer.Option(help="May weights be fetched?")] = "auto",
+) -> None:
+    """Tune a model and write a run. Example: llmlab finetune smollm2-135m --set schedule.steps=50.
+
+    Ctrl-C keeps a checkpoint; the same command goes on from it.
+    """
+    from labs.screen import TuningScreen, say
+    from pipelines.tune.finetune import Job
+    from pipelines.tune.finetune import finetune as tune
+
+    with TuningScreen() as screen:
+        run = tune(Job(name, recipe, tuple(set_ or ()), rehearse, pull != "never"), screen)
+    say(f"{'rehearsal' if run.rehearsal else 'run'} {run.id} is in {run.path}\n"
+        f"loss {run.facts['final_loss']:.3f} after {run.facts['questions']} questions in {run.facts['seconds']:.0f} s; "
+        + ("it cannot be served: its weights are random" if run.rehearsal else f"next: make eval MODEL={name}"))  # fmt: skip
+
+
+@app.command("eval")
+def eval_(
+    name: ModelName = "smollm2-135m",
+    run: Annotated[str | None, typer.Option(help="Id of a finetune run; the newest if not given.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Ask only so many questions.")] = None,
+) -> None:
+    """Measure a tuned model against its base on held-out questions; the last line is JSON."""
+    from labs.screen import CountScreen, json_line, say
+    from pipelines.evaluate.reader import evaluate
+
+    with CountScreen() as screen:
+        result = evaluate(_tuned(name, run), limit, screen.update)
+    show_scores(result.json("scores.json"))
+    say(f"run {result.id}; chart and every reply are in {result.path}")
+    json_line(result.facts)
+
+
+def show_scores(scores: dict[str, dict[str, float]]) -> None:
+    """Print the scores of each variant as a table."""
+    from labs.screen import table
+
+    columns = list(next(iter(scores.values())))
+    table("Held-out questions", ["model", *columns], [[name, *(row[c] for c in columns)] for name, row in scores.items()])
+
+
+@app.command()
+def index(
+    docs: Annotated[
+        Path | None, typer.Argument(help="A folder of Markdown, text, HTML or PDF; labs/knowledge if not given.")
+    ] = None,
+    name: Annotated[str, typer.Option(help="Name of the index.")] = "knowledge",
+    set_: Overrides = None,
+) -> None:
+    """Index documents for retrieval; only what is new is embedded. Example: llmlab index ~/notes."""
+    from labs.screen import CountScreen, json_line, say
+    from pipelines.config import load, named
+    from pipelines.rag.embed import load_embedder
+    from pipelines.rag.index import RagConfig, build
+    from pipelines.tune.data import KNOWLEDGE
+
+    config = load(named("rag", "default"), RagConfig, set_ or ())
+    with CountScreen() as screen:
+        report = build(docs or KNOWLEDGE, name, config, load_embedder(config.embedder), screen.update)
+    for skipped in report.skipped:
+        say(f"skipped {skipped.path}: {skipped.reason}")
+    say(f"index {name}: {report.chunks} chunks of {report.documents} documents; {report.embedded} embedded, "
+        f"{report.reused} reused, {report.removed} removed, "
+        f"{len(report.skipped)} files skipped, in {report.seconds:.1f} s")  # fmt: skip
+    json_line({"index": name, "documents": report.documents, "chunks": report.chunks, "embedded": report.embedded,
+               "skipped": len(report.skipped), "seconds": round(report.seconds, 2)})  # fmt: skip
+
+
+@app.command()
+def serve(
+    name: ModelName = "smollm2-135m",
+    adapter: Annotated[str, typer.Option(help="latest, none, or the id of a finetune run.")] = "latest",
+    engine: Annotated[str | None, typer.Option(help="auto, llamacpp or vllm.")] = None,
+    port: Port = None,
+    set_: Overrides = None,
+) -> None:
+    """Serve a model, its adapter and the index behind one API until Ctrl-C."""
+    from labs.screen import say
+    from serving.launch import serve as run_server
+    from serving.settings import load_serve_config
+
+    given = [f"engine={engine}"] if engine else []
+    given += [f"port={port}"] if port is not None else []
+    run_server(name, load_serve_config("default", [*(set_ or ()), *given]), adapter=adapter, say=say)
+
+
+@app.command()
+def ask(question: str, port: Port = None, k: Annotated[int | None, typer.Option(help="Passages to retrieve.")] = None) -> None:
+    """Ask the running server and print the answer with its sources. Example: llmlab ask "Who developed Falcon 40B?"."""
+    from labs.ask import ask as send
+    from labs.ask import show_answer
+    from serving.settings import load_serve_config
+
+    config = load_serve_config()
+    show_answer(send(f"http://{config.host}:{port or config.port}", question, k))
+
+
+@app.command()
+def monitor(port: Port = None) -> None:
+    """Start Prometheus on the running server, and Grafana where there is Docker, until Ctrl-C."""
+    from labs.monitor import monitor as watch
+    from labs.screen import say
+    from serving.settings import load_serve_config
+
+    config = load_serve_config()
+    watch(f"{config.host}:{port or config.port}", f"{config.host}:{config.engine_port}", say)
+
+
+@app.command()
+def dashboards(check: Annotated[bool, typer.Option("--check", help="Only compare; fail if a file differs.")] = False) -> None:
+    """Write the Grafana dashboards from the declared metrics."""
+    from labs.screen import say
+    from monitoring import dashboards as boards
+
+    if not check:
+        say("wrote " + ", ".join(path.name for path in boards.write()))
+    elif stale := boards.check():
+        raise LabError(
+            "dashboards differ from their code: " + ", ".join(p.name for p in stale), "the generated files", "make dashboards"
+        )
+
+
+@app.command()
+def demo(recipe: Annotated[str, typer.Option(help="The recipe to tune with.")] = "lora-quick") -> None:
+    """Take SmolLM2-135M through its whole life, offline, and write a report."""
+    from labs.demo import demo as run_demo
+
+    run_demo(recipe)
+
+
+@runs_app.callback()
+def runs_(ctx: typer.Context) -> None:
+    """List the finished runs, unless a sub-command says otherwise."""
+    if ctx.invoked_subcommand is None:
+        runs_list()
+
+
+@runs_app.command("list")
+def runs_list() -> None:
+    """List the finished runs, oldest first."""
+    from labs.screen import say, table
+    from pipelines import runs
+
+    rows = []
+    for path in runs.all_runs():
+        try:
+            run = runs.read(path)
+            rows.append([run.id, run.kind, run.model, "rehearsal" if run.rehearsal else "", _short_facts(run.facts)])
+        except LabError as error:
+            say(f"not listed: {error.came}")
+    table(f"Runs in {runs.runs_root()}", ["id", "kind", "model", "", "facts"], rows)
+
+
+@runs_app.command("show")
+def runs_show(run_id: str) -> None:
+    """Show one run: facts, files with their hashes, and the passport: every run it was made from."""
+    from labs.screen import table
+    from pipelines import runs
+
+    run = runs.find(run_id)
+    table(
+        f"{run.kind} {run.model} {run.id}" + (" (rehearsal)" if run.rehearsal else ""), ["fact", "value"], list(run.facts.items())
+    )
+    files = run.json(runs.MANIFEST)["files"]
+    table(str(run.path), ["file", "bytes", "sha256"], [(n, f["bytes"], f["sha256"][:16]) for n, f in files.items()])
+    config = run.json("config.json")
+    weights = config.get("model", {}).get("weights") or {}
+    passport = [("this run", run.kind, run.id, run.fingerprint[:16])]
+    passport += [("made from", i["kind"], i["id"], i["fingerprint"][:16]) for i in run.inputs]
+    passport += [("base", weights["hub"], weights["revision"][:12], weights.get("package") or "")] if weights else []
+    table("Passport", ["", "kind", "id", "fingerprint"], passport)
+
+
+@data_app.command("show")
+def data_show(name: Annotated[str, typer.Argument()] = "reader", rows: Annotated[int, typer.Option(min=1)] = 3) -> None:
+    """Print a few training groups as the model sees them."""
+    from labs.screen import OUT
+    from pipelines.rag.answer import messages, reply_text
+    from pipelines.tune import data
+    from pipelines.tune.groups import training_groups
+
+    config = data.load_reader(name)
+    corpus, _ = data.corpora(config)
+    for group in training_groups(config, corpus, rows, 4, seed=1):
+        OUT.print(messages("...", group[0].passages)[1]["content"].rsplit("\n", 1)[0], markup=False)
+        for e in group:
+            OUT.print(f"  {e.question}  ->  {reply_text(e.answer or '', e.citations[0] if e.citations else None)}", markup=False)
+        OUT.print("")
+
+
+@data_app.command("export")
+def data_export(file: Annotated[Path, typer.Argument(help="Ends with .jsonl, .csv or .parquet.")], name: str = "reader",
+                examples: Annotated[int, typer.Option(min=1)] = 600) -> None:  # fmt: skip
+    """Write training examples as chat messages, for other trainers. Example: llmlab data export reader.parquet."""
+    from labs.screen import say
+    from pipelines.tune.export import export
+
+    say(f"wrote {export(name, examples, file)} examples to {file}")
+
+
+def _tuned(name: str, run_id: str | None) -> Any:
+    from pipelines import catalogue, runs
+    from pipelines.tune.finetune import KIND
+
+    catalogue.runnable(name)
+    found = runs.find(run_id) if run_id else runs.latest(KIND, name)
+    if found and (found.kind, found.model) != (KIND, name):
+        raise LabError(f"run {found.id} is {found.kind} of {found.model}", f"{KIND} of {name}", "llmlab runs")
+    if found is None:
+        raise LabError(f"there is no finished finetune run of {name}", "a tuned model", f"make finetune MODEL={name}")
+    return found
+
+
+def _said(fact: Any) -> str:
+    return " / ".join(s for s in (fact.document, fact.maker) if s)
+
+
+def _short_facts(facts: dict[str, Any]) -> str:
+    wanted = ("final_loss", "questions", "seconds", "f1_base", "f1_tuned", "abstention_f1", "citation_accuracy", "test_questions")
+    return ", ".join(f"{k} {facts[k]:.3g}" for k in wanted if k in facts)
+
+
+def _set_up_libraries() -> None:
+    """Settings that libraries read when they are imported, and messages of theirs that no user can act on."""
+    for name, value in OPENMP_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # optional kernels that are not installed
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)  # peft to transformers
+
+
+def _fail(message: str, status: int) -> None:
+    from labs.screen import ERR
+
+    ERR.print(message, style="red", markup=False)
+    raise typer.Exit(status)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line on `arguments`, or on those of the process."""
+    _set_up_libraries()
+    app(args=list(arguments) if arguments is not None else sys.argv[1:], prog_name="llmlab")

@@ -1,0 +1,193 @@
+"""Every metric of the lab, declared once, on one registry.
+
+A leaf: it imports prometheus_client and nothing of ours. It does not decide when a metric changes (the
+gateway does) and does not draw anything (`monitoring.dashboards` does). See the live values with:
+
+    curl -s http://127.0.0.1:8000/metrics
+
+Units are base units (seconds, tokens, chunks). Labels are bounded: what a client can choose goes through
+`bounded` first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    PlatformCollector,
+    ProcessCollector,
+)
+
+PREFIX = "llmlab_"
+OTHER = "other"
+
+GENERATION_OUTCOMES = ("ok", "error", "cancelled", "refused")
+RAG_OUTCOMES = ("answered", "abstained", "error")
+RAG_STAGES = ("embed", "search", "prompt", "generate")
+CITATION_VALIDITY = ("yes", "no")
+
+# A generation on a CPU takes minutes, a health check milliseconds: 5 ms to 5 min.
+_REQUEST_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+# 82 ms was measured on a CPU with a short prompt; a 1,000-token prompt takes seconds.
+_TTFT_SECONDS = (0.02, 0.05, 0.1, 0.2, 0.4, 0.8, 1.5, 3, 6, 12, 25, 60)
+_GENERATION_SECONDS = (0.1, 0.25, 0.5, 1, 2, 4, 8, 15, 30, 60, 120, 300)
+# A search takes about a millisecond, the generate stage as long as a generation.
+_STAGE_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+_HITS = (0, 1, 2, 3, 4, 5, 8, 10, 15, 20, 50)
+_SCORES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+
+REGISTRY = CollectorRegistry()
+ProcessCollector(registry=REGISTRY)
+PlatformCollector(registry=REGISTRY)
+
+HTTP_REQUESTS = Counter(
+    "llmlab_http_requests_total",
+    "Requests answered by the gateway; route is the template, never the raw path.",
+    ("route", "method", "status"),
+    registry=REGISTRY,
+)
+HTTP_REQUEST_DURATION = Histogram(
+    "llmlab_http_request_duration_seconds",
+    "Time from the first byte in to the last byte out.",
+    ("route",),
+    buckets=_REQUEST_SECONDS,
+    registry=REGISTRY,
+)
+HTTP_REQUESTS_IN_FLIGHT = Gauge("llmlab_http_requests_in_flight", "Requests accepted and not yet answered.", registry=REGISTRY)
+
+GENERATION_REQUESTS = Counter(
+    "llmlab_generation_requests_total",
+    "Generations asked of the engine, by how they ended.",
+    ("model", "outcome"),
+    registry=REGISTRY,
+)
+GENERATION_TTFT = Histogram(
+    "llmlab_generation_ttft_seconds",
+    "Time to first token: from the request to the first generated token, as the gateway sees it.",
+    ("model",),
+    buckets=_TTFT_SECONDS,
+    registry=REGISTRY,
+)
+GENERATION_DURATION = Histogram(
+    "llmlab_generation_duration_seconds",
+    "Time from the request to the last generated token.",
+    ("model",),
+    buckets=_GENERATION_SECONDS,
+    registry=REGISTRY,
+)
+PROMPT_TOKENS = Counter("llmlab_prompt_tokens_total", "Prompt tokens, as the engine counts them.", ("model",), registry=REGISTRY)
+GENERATED_TOKENS = Counter(
+    "llmlab_generated_tokens_total",
+    "Generated tokens, as the engine counts them.",
+    ("model",),
+    registry=REGISTRY,
+)
+
+RAG_REQUESTS = Counter("llmlab_rag_requests_total", "Questions asked of the index, by outcome.", ("outcome",), registry=REGISTRY)
+RAG_STAGE_DURATION = Histogram(
+    "llmlab_rag_stage_duration_seconds",
+    "Time spent in one stage of answering a question.",
+    ("stage",),
+    buckets=_STAGE_SECONDS,
+    registry=REGISTRY,
+)
+RAG_HITS = Histogram("llmlab_rag_hits", "Chunks returned by the search for one question.", buckets=_HITS, registry=REGISTRY)
+RAG_TOP_SCORE = Histogram("llmlab_rag_top_score", "Score of the best chunk for one question.", buckets=_SCORES, registry=REGISTRY)
+RAG_CITATIONS = Counter(
+    "llmlab_rag_citations_total",
+    "Citations in answers; valid=yes when the cited chunk number is among those given to the model.",
+    ("valid",),
+    registry=REGISTRY,
+)
+INDEX_CHUNKS = Gauge("llmlab_index_chunks", "Chunks in the index that is served.", registry=REGISTRY)
+INDEX_CREATED = Gauge(
+    "llmlab_index_created_timestamp_seconds",
+    "Unix time at which the served index was finished; 0 while no index is loaded.",
+    registry=REGISTRY,
+)
+
+ENGINE_UP = Gauge("llmlab_engine_up", "1 when the engine answers its health check, else 0.", ("engine",), registry=REGISTRY)
+ENGINE_RESTARTS = Counter(
+    "llmlab_engine_restarts_total",
+    "Times the engine process was started again after it ended.",
+    ("engine",),
+    registry=REGISTRY,
+)
+ENGINE_INFO = Gauge(
+    "llmlab_engine_info",
+    "Always 1; the labels name the engine that was chosen and the reason.",
+    ("engine", "reason"),
+    registry=REGISTRY,
+)
+BUILD_INFO = Gauge("llmlab_build_info", "Always 1; the label names the version of the lab.", ("version",), registry=REGISTRY)
+
+
+def bounded(value: str, allowed: Collection[str]) -> str:
+    """Return `value` when it is allowed as a label value, else "other".
+
+    A name chosen by a client would otherwise create a new time series with every request.
+    """
+    return value if value in allowed else OTHER
+
+
+def set_engine(engine: str, reason: str) -> None:
+    """Record which engine serves and why; an earlier choice is forgotten.
+
+    Args:
+        engine: name of the engine, such as "llamacpp".
+        reason: why it was chosen, one of a fixed set of sentences (`pipelines.hardware.choose_engine`).
+    """
+    ENGINE_INFO.clear()
+    ENGINE_INFO.labels(engine=engine, reason=reason).set(1)
+    ENGINE_UP.clear()
+    ENGINE_UP.labels(engine=engine).set(0)
+    ENGINE_RESTARTS.labels(engine=engine)
+
+
+def set_build(version: str) -> None:
+    """Record the version of the lab that is running."""
+    BUILD_INFO.clear()
+    BUILD_INFO.labels(version=version).set(1)
+
+
+def start_series(models: Iterable[str]) -> None:
+    """Create the series of these models (and "other") at zero.
+
+    `rate` needs a zero before the first event; without it the first error of a model would not be seen.
+    """
+    for model in (*models, OTHER):
+        for outcome in GENERATION_OUTCOMES:
+            GENERATION_REQUESTS.labels(model=model, outcome=outcome)
+        for metric in (GENERATION_TTFT, GENERATION_DURATION, PROMPT_TOKENS, GENERATED_TOKENS):
+            metric.labels(model=model)
+
+
+def series_name(metric: Counter | Gauge | Histogram) -> str:
+    """Return the name under which Prometheus stores a metric; for a histogram the part before `_bucket`."""
+    family = next(iter(metric.describe()))
+    return f"{family.name}_total" if family.type == "counter" else family.name
+
+
+def series_names() -> dict[str, frozenset[str]]:
+    """Return the names of the series of each declared metric (`_bucket`, `_sum`, `_count`, `_total`)."""
+    families = (family for family in REGISTRY.collect() if family.name.startswith(PREFIX))
+    return {family.name: frozenset(family.name + end for end in _ENDINGS[family.type]) for family in families}
+
+
+_ENDINGS = {"counter": ("_total",), "gauge": ("",), "histogram": ("_bucket", "_sum", "_count")}
+
+
+def _start_fixed_series() -> None:
+    for outcome in RAG_OUTCOMES:
+        RAG_REQUESTS.labels(outcome=outcome)
+    for stage in RAG_STAGES:
+        RAG_STAGE_DURATION.labels(stage=stage)
+    for valid in CITATION_VALIDITY:
+        RAG_CITATIONS.labels(valid=valid)
+
+
+_start_fixed_series()

@@ -1,0 +1,1 @@
+"""Everything between a catalogue entry and a finished run: configuration, tuning, retrieval, evaluation."""

@@ -1,0 +1,1 @@
+"""Evaluation: what a tuned model can do that its base cannot, measured on held-out questions."""

@@ -1,0 +1,152 @@
+"""What this machine has, and the choices that follow from it, each made once and with its reason.
+
+Nothing here loads a model. A choice is (choice, reason): it is shown to the user, stored in the run and exported as a
+metric. Only "auto" falls back; a device or an engine that was asked for by name and cannot work is an error.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+from pipelines.config import ROOT
+from pipelines.errors import ConfigError, EngineError
+
+VLLM_PYTHON = ROOT / ".venv-vllm" / "bin" / "python"
+ENGINES = ("auto", "llamacpp", "vllm")
+
+# How long OpenMP's threads spin before they sleep; torch and llama.cpp read it from the environment when they start. With
+# the library's own value, threads of two busy programs starve each other: llama.cpp fell from 100 to 1 token/s beside one
+# busy process on 2 cores. With this one it keeps 26, and loses about a tenth on an idle machine.
+OPENMP_ENVIRONMENT = {"GOMP_SPINCOUNT": "1000"}
+
+
+class Choice(NamedTuple):
+    """A decision and the reason for it."""
+
+    choice: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One CUDA device as the driver reports it."""
+
+    name: str
+    memory_bytes: int
+    driver: str
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The machine's resources; sizes in bytes."""
+
+    cpus: int
+    cpu_features: tuple[str, ...]
+    memory_bytes: int
+    free_memory_bytes: int
+    free_disk_bytes: int
+    gpus: tuple[Gpu, ...]
+
+
+def vllm_is_installed() -> bool:
+    """Return True if `make setup-vllm` went through; a part of an installation does not count."""
+    return VLLM_PYTHON.exists() and (VLLM_PYTHON.parents[1] / "ready").exists()
+
+
+def probe(disk: Path = ROOT) -> Machine:
+    """Look at the machine; never raises for a part that is absent.
+
+    Args:
+        disk: a folder, which need not exist yet, on the disk whose free space matters.
+    """
+    import psutil
+
+    memory = psutil.virtual_memory()
+    return Machine(
+        cpus=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        cpu_features=_cpu_features(),
+        memory_bytes=memory.total,
+        free_memory_bytes=memory.available,
+        free_disk_bytes=shutil.disk_usage(_existing(disk)).free,
+        gpus=_gpus(),
+    )
+
+
+def choose_device() -> Choice:
+    """Return "cuda" or "cpu" for training, and why."""
+    import torch
+
+    if torch.cuda.is_available():
+        return Choice("cuda", f"{torch.cuda.get_device_name(0)} is usable by torch {torch.__version__}")
+    if _gpus():
+        return Choice(
+            "cpu", f"a GPU is present, but torch {torch.__version__} cannot use it (CPU build, or CUDA_VISIBLE_DEVICES hides it)"
+        )
+    return Choice("cpu", "no GPU is present")
+
+
+def choose_engine(requested: str) -> Choice:
+    """Return the engine that serves: "vllm" on a GPU where it is installed, "llamacpp" otherwise.
+
+    Args:
+        requested: one of `ENGINES`; anything but "auto" is taken at its word.
+
+    Raises:
+        ConfigError: no such engine.
+        EngineError: vLLM was asked for and is not installed.
+    """
+    if requested not in ENGINES:
+        raise ConfigError(f"there is no engine named {requested!r}", f"one of {', '.join(ENGINES)}")
+    if requested == "vllm" and not vllm_is_installed():
+        raise EngineError(
+            "ENGINE=vllm was asked for, but .venv-vllm is not there or not whole",
+            "vLLM in its own environment",
+            "make setup-vllm",
+        )
+    if requested != "auto":
+        return Choice(requested, "asked for by name")
+    if not _gpus():
+        return Choice("llamacpp", "no GPU is present")
+    if not vllm_is_installed():
+        return Choice("llamacpp", "a GPU is present, but vLLM is not installed (make setup-vllm)")
+    return Choice("vllm", "a GPU is present and vLLM is installed")
+
+
+def use_all_cores() -> int:
+    """Set torch to one thread for each core that this process may use; return the number."""
+    import torch
+
+    threads = probe().cpus
+    torch.set_num_threads(threads)
+    return threads
+
+
+def _existing(path: Path) -> Path:
+    return path if path.exists() else _existing(path.parent)
+
+
+@cache
+def _cpu_features() -> tuple[str, ...]:
+    wanted = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "fma", "asimd")
+    try:
+        flags = set(Path("/proc/cpuinfo").read_text(encoding="utf-8").replace(":", " ").split())
+    except OSError:
+        return ()
+    return tuple(feature for feature in wanted if feature in flags)
+
+
+@cache
+def _gpus() -> tuple[Gpu, ...]:
+    query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader,nounits"]
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return ()
+    rows = [line.rsplit(", ", 2) for line in answer.strip().splitlines()]
+    return tuple(Gpu(name, int(mib) * 2**20 if mib.isdigit() else 0, driver) for name, mib, driver in rows)

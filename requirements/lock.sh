@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# Resolves base.in and dev.in in fresh environments and writes exact pins. Usage: requirements/lock.sh [python3.11]
+set -euo pipefail
+cd "$(dirname "$0")"
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
+"${1:-python3.11}" -m venv "$scratch/venv"
+pip() { "$scratch/venv/bin/python" -m pip --disable-pip-version-check --quiet "$@"; }
+pins() { pip freeze --exclude-editable | sed 's/+cpu$//' | LC_ALL=C sort; }
+pip install -r base.in
+{ echo "# Written by requirements/lock.sh from base.in. Do not edit."; pins; } > base.lock
+pip install -r dev.in
+{ echo "# Written by requirements/lock.sh from dev.in: what it adds to base.lock. Do not edit."
+  LC_ALL=C comm -13 <(grep -v '^#' base.lock) <(pins); } > dev.lock

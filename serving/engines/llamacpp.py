@@ -1,0 +1,126 @@
+"""llama.cpp's HTTP server, from the `xllamacpp` wheel, in a process of its own: the engine for machines without a GPU.
+
+It serves a GGUF base and one LoRA, switched per request. The supervisor runs:
+
+    python -m serving.engines.llamacpp --model BASE.gguf --alias NAME --port 8081 ... [--lora ADAPTER.gguf]
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipelines.catalogue import Model
+from pipelines.config import ROOT
+from pipelines.hardware import OPENMP_ENVIRONMENT
+from serving.engines.contract import Chat, Launch, Overflow
+
+if TYPE_CHECKING:
+    import httpx
+
+WARNINGS_ONLY = 2  # llama.cpp logs each request at 3
+
+
+class LlamaCpp:
+    """The `Engine` for llama.cpp."""
+
+    name = "llamacpp"
+    health_path = "/health"
+    metrics_path = "/metrics"
+    metric_names: Mapping[str, str] = {
+        "prompt_tokens": "llamacpp:prompt_tokens_total",
+        "generated_tokens": "llamacpp:tokens_predicted_total",
+        "running": "llamacpp:requests_processing",
+        "waiting": "llamacpp:requests_deferred",
+    }
+
+    def base_path(self, model: Model, pull: bool, say: Any) -> Path:  # noqa: ARG002 - only a package ships GGUF
+        """Return the base as one GGUF file."""
+        from pipelines.weights import gguf_file
+
+        return gguf_file(model)
+
+    def command(self, launch: Launch) -> list[str]:
+        """Return the command that runs `main` below."""
+        options = {
+            "--model": launch.base, "--alias": launch.model, "--host": launch.host, "--port": launch.port,
+            "--context-tokens": launch.context_tokens, "--slots": launch.slots, "--threads": launch.threads,
+            "--gpu-layers": -1 if launch.gpu else 0,
+        }  # fmt: skip
+        if launch.adapter:
+            options["--lora"] = launch.adapter.gguf
+        return [sys.executable, "-m", __name__, *(f"{name}={value}" for name, value in options.items())]
+
+    def environment(self, launch: Launch) -> dict[str, str]:  # noqa: ARG002 - part of the contract
+        """Let the process find this module from any working directory, and its threads share the cores."""
+        return {"PYTHONPATH": str(ROOT), **OPENMP_ENVIRONMENT}
+
+    def select(self, body: Mapping[str, Any], launch: Launch) -> dict[str, Any]:
+        """Scale the LoRA to 1 for the adapter's name and to 0 for the base's."""
+        if launch.adapter is None:
+            return {key: value for key, value in body.items() if key != "lora"}
+        return {**body, "lora": [{"id": 0, "scale": float(body["model"] == launch.adapter.name)}]}
+
+    def render(self, client: httpx.Client, launch: Launch, chat: Chat) -> list[int]:
+        """Apply the template of the GGUF file, then tokenise the text as a chat request would be."""
+        prompt = client.post(f"{launch.url}/apply-template", json={"messages": chat}).raise_for_status().json()["prompt"]
+        text = {"content": prompt, "add_special": True, "parse_special": True}
+        tokens: list[int] = client.post(f"{launch.url}/tokenize", json=text).raise_for_status().json()["tokens"]
+        return tokens
+
+    def overflow(self, error: Mapping[str, Any]) -> Overflow | None:
+        """Read llama.cpp's own error type, which carries both numbers."""
+        if error.get("type") != "exceed_context_size_error":
+            return None
+        return Overflow(error["n_prompt_tokens"], error["n_ctx"])
+
+
+def main() -> None:
+    """Load the model, listen, and serve until a signal ends the process."""
+    import xllamacpp
+
+    options = _options()
+    try:
+        server = xllamacpp.Server(_parameters(options))
+    except RuntimeError as error:  # llama.cpp has logged the cause
+        sys.exit(str(error))
+    while server.listening_address:
+        signal.pause()
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="llama.cpp's HTTP server")
+    for name in ("--model", "--alias", "--host", "--lora"):
+        parser.add_argument(name, default="")
+    for name in ("--port", "--context-tokens", "--slots", "--threads", "--gpu-layers"):
+        parser.add_argument(name, type=int, required=True)
+    return parser.parse_args()
+
+
+def _parameters(options: argparse.Namespace) -> Any:
+    """Return llama.cpp's parameters; the context is given per slot here and for all slots there."""
+    import xllamacpp
+
+    parameters = xllamacpp.CommonParams()
+    parameters.model.path, parameters.model_alias = options.model, {options.alias}
+    parameters.hostnames, parameters.port = [options.host], options.port
+    parameters.n_ctx, parameters.n_parallel = options.context_tokens * options.slots, options.slots
+    parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = options.threads
+    parameters.n_gpu_layers = options.gpu_layers
+    parameters.use_jinja, parameters.ui, parameters.endpoint_metrics = True, False, True
+    parameters.fit_params = False  # or llama.cpp would shrink the context to fit, without an error
+    parameters.cors_origins = f"http://{options.host}:{options.port}"  # or any web page could call it from a browser
+    parameters.verbosity = WARNINGS_ONLY
+    if options.lora:
+        lora = xllamacpp.CommonAdapterLoraInfo()
+        lora.path, lora.scale = options.lora, 1.0
+        parameters.lora_adapters = [lora]
+    return parameters
+
+
+if __name__ == "__main__":
+    main()

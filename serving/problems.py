@@ -1,0 +1,127 @@
+"""The gateway's own errors, and the two forms in which every error leaves it: OpenAI's, and ours.
+
+No form carries a traceback. An error that is not ours becomes a 500 with an id, under which the log has the traceback.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import secrets
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi.responses import JSONResponse
+
+from pipelines.errors import EngineError, LabError, UnknownName
+from serving.engines.contract import Overflow
+
+LOG = logging.getLogger("serving")
+OPENAI_PATHS = ("/v1/chat/", "/v1/models")
+
+
+class BadRequest(LabError):
+    """A request has the wrong form or a value outside its limits."""
+
+    http_status = 422
+
+
+class BodyTooLarge(BadRequest):
+    """The request body is larger than the gateway reads."""
+
+    http_status = 413
+
+
+class ContextExceeded(BadRequest):
+    """The prompt does not fit into the context."""
+
+    def __init__(self, sizes: Overflow) -> None:
+        prompt = f"{sizes.prompt_tokens} tokens" if sizes.prompt_tokens else "more tokens than fit"
+        came = f"the prompt has {prompt}, the context holds {sizes.context_tokens}"
+        super().__init__(came, "prompt and reply within the context", "ask less, lower k, or serve with more context_tokens")
+
+
+class EngineRefused(BadRequest):
+    """The engine found the request wrong."""
+
+    http_status = 400
+
+
+class EngineDown(EngineError):
+    """The engine is not running; it is worth asking again in `retry_after_seconds`."""
+
+    def __init__(self, reason: str, retry_after_seconds: int) -> None:
+        self.retry_after_seconds = max(1, math.ceil(retry_after_seconds))
+        super().__init__(
+            reason, "a running engine", f"ask again in {self.retry_after_seconds} s; GET /readyz says when it is back"
+        )
+
+
+class EngineFailed(EngineError):
+    """The engine answered a request with an error of its own."""
+
+    http_status = 502
+
+
+class EngineSilent(EngineError):
+    """The engine took longer than the request may take."""
+
+    http_status = 504
+
+
+def clean(text: str) -> str:
+    """Return the text without lone surrogates, which no JSON answer can carry, and not longer than a message should be."""
+    return text.encode("utf-8", "replace").decode()[:2000]
+
+
+def lab_body(error: LabError) -> dict[str, Any]:
+    """Return an error in our form."""
+    return {"error": {"message": clean(error.came), "type": type(error).__name__, "expected": clean(error.expected),
+                      "next": clean(error.next_command)}}  # fmt: skip
+
+
+def openai_body(error: LabError) -> dict[str, Any]:
+    """Return an error in OpenAI's form; what to do is part of the message."""
+    status = openai_status(error)
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    parts = [error.came, error.expected and f"expected: {error.expected}", error.next_command]
+    return {"error": {"message": clean("; ".join(p for p in parts if p)), "type": kind, "param": None, "code": _code(error)}}
+
+
+def openai_status(error: LabError) -> int:
+    """Return the HTTP status; OpenAI's API says 400 where others say 422."""
+    return 400 if error.http_status == 422 else error.http_status
+
+
+def response(error: LabError, path: str) -> JSONResponse:
+    """Return the answer for an error, in the form of the API that the path belongs to."""
+    headers = {"Retry-After": str(error.retry_after_seconds)} if isinstance(error, EngineDown) else None
+    if path.startswith(OPENAI_PATHS):
+        return JSONResponse(openai_body(error), openai_status(error), headers)
+    return JSONResponse(lab_body(error), error.http_status, headers)
+
+
+def unexpected(error: Exception) -> LabError:
+    """Log an error that nobody expected and return one that says only its id."""
+    number = secrets.token_hex(4)
+    LOG.error("unexpected error %s", number, exc_info=error)
+    return LabError(f"unexpected error {number}", "no error", f"look for {number} in the gateway's log")
+
+
+def from_engine(status: int, error: Mapping[str, Any], overflow: Overflow | None) -> LabError:
+    """Return our error for an error answer of the engine."""
+    if overflow:
+        return ContextExceeded(overflow)
+    message = str(error.get("message", "no message"))
+    if 400 <= status < 500:
+        return EngineRefused(message)
+    return EngineFailed(f"the engine answered {status}: {message}", "an answer", "GET /readyz")
+
+
+def _code(error: LabError) -> str | None:
+    codes: dict[type[LabError], str] = {
+        ContextExceeded: "context_length_exceeded", UnknownName: "model_not_found", EngineDown: "engine_unavailable",
+        EngineFailed: "engine_failed", EngineSilent: "timeout", BodyTooLarge: "request_too_large",
+        BadRequest: "invalid_value", EngineRefused: "invalid_value",
+    }  # fmt: skip
+    return codes.get(type(error))

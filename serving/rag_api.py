@@ -1,0 +1,207 @@
+"""Questions answered from the index, with citations: POST /v1/rag/query, as one JSON answer or as server-sent events.
+
+The prompt and the reading of the reply are `pipelines.rag.answer`'s, the same as in training. Greedy decoding.
+
+    curl -s http://127.0.0.1:8000/v1/rag/query -H 'Content-Type: application/json' -d '{"question": "Who made Phi-2?"}'
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import aclosing
+from typing import TYPE_CHECKING, Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from pydantic import BaseModel, ConfigDict, Field
+
+from monitoring.metrics import RAG_CITATIONS, RAG_HITS, RAG_REQUESTS, RAG_STAGE_DURATION, RAG_TOP_SCORE
+from pipelines.errors import LabError
+from pipelines.rag.answer import ABSTENTION, Reply, messages, parse
+from serving import limits
+from serving.openai_api import SSE_HEADERS
+from serving.problems import lab_body, unexpected
+from serving.service import Service
+from serving.upstream import ClientGone, Meter, text_of, unless_gone
+
+if TYPE_CHECKING:
+    from pipelines.rag.index import Hit
+    from pipelines.rag.retrieve import Retrieved
+
+Step = tuple[str, dict[str, Any]]
+
+
+class Query(BaseModel):
+    """A question."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    question: str
+    k: int | None = Field(None, description="passages to read; the configuration's number if left out")
+    model: str | None = Field(None, description="base or adapter; the adapter, if there is one, if left out")
+    max_tokens: int | None = Field(None, description="longest answer")
+    stream: bool = Field(False, description="server-sent events: passages, token..., answer; or error")
+
+
+class Passage(BaseModel):
+    """A passage that the model was given; `number` is what the answer cites, `score` the cosine similarity."""
+
+    number: int
+    source: str
+    title: str
+    chunk_id: str
+    score: float
+    text: str
+    page: int | None
+
+
+class Timings(BaseModel):
+    """Seconds of each stage.
+
+    Attributes:
+        prompt_seconds: from asking the engine to its first token.
+        generate_seconds: from the first token to the last.
+        ttft_seconds: from the question to the first token; None if nothing was generated.
+    """
+
+    embed_seconds: float
+    search_seconds: float
+    prompt_seconds: float
+    generate_seconds: float
+    ttft_seconds: float | None
+    total_seconds: float
+
+
+class Answer(BaseModel):
+    """An answer; `citations` are the passages that it cites, `passages` all that the model was given."""
+
+    answer: str
+    abstained: bool
+    citations: list[Passage]
+    invalid_citations: list[int]
+    passages: list[Passage]
+    model: str
+    timings: Timings
+    usage: dict[str, int]
+
+
+def router(service: Service) -> APIRouter:
+    """Return the endpoint that answers from the index."""
+    routes = APIRouter(prefix="/v1/rag", tags=["RAG"])
+
+    @routes.post("/query", response_model=Answer)
+    async def query(body: Query, request: Request) -> Response:
+        """Answer a question from the index and cite the passages; abstain if they do not hold the answer."""
+        steps = _counted(_steps(body, service))
+        try:
+            if not body.stream:
+                return JSONResponse(await unless_gone(request, _last(steps)))
+            first = await unless_gone(request, _next(steps))
+        except ClientGone:
+            return Response(status_code=499)
+        return StreamingResponse(_events(first, steps), media_type="text/event-stream", headers=SSE_HEADERS)
+
+    return routes
+
+
+async def _steps(query: Query, service: Service) -> AsyncIterator[Step]:
+    """Yield ("passages", ...), ("token", ...) for each piece of text, and ("answer", ...)."""
+    began = time.perf_counter()
+    limits.check_question(query.question, service.config)
+    k = limits.check_k(query.k, service.knowledge.top_k, service.config)
+    length = limits.check_max_tokens(query.max_tokens, service.config)
+    model = limits.check_model(query.model or service.names[-1], service.names)
+    service.knowledge.require()
+    service.upstream.check_up()
+    found = await service.knowledge.retrieve(query.question, k)
+    _count_retrieval(found)
+    passages = _passages(found.hits)
+    yield "passages", {"passages": passages}
+    meter, pieces = Meter(model), [ABSTENTION]
+    if found.hits:
+        body = {"model": model, "messages": messages(query.question, found.hits), "temperature": 0, "max_tokens": length}
+        pieces = []
+        async with aclosing(service.upstream.stream(body, meter)) as chunks:  # type: ignore[type-var]
+            async for chunk in chunks:
+                if piece := text_of(chunk):
+                    pieces.append(piece)
+                    yield "token", {"text": piece}
+    reply = parse("".join(pieces), len(passages))
+    _count_citations(reply)
+    answer = {
+        "answer": reply.text, "abstained": reply.abstained, "citations": [passages[number - 1] for number in reply.cited],
+        "invalid_citations": list(reply.invalid), "passages": passages, "model": model,
+        "timings": _timings(began, found, meter), "usage": meter.usage,
+    }  # fmt: skip
+    yield "answer", answer
+
+
+def _passages(hits: Sequence[Hit]) -> list[dict[str, Any]]:
+    return [
+        {"number": number, "source": hit.source, "title": hit.title, "chunk_id": hit.chunk_id, "score": hit.score,
+         "text": hit.text, "page": hit.page}
+        for number, hit in enumerate(hits, 1)
+    ]  # fmt: skip
+
+
+def _timings(began: float, found: Retrieved, meter: Meter) -> dict[str, float | None]:
+    """Return the seconds of each stage, and put those of the engine into the metrics."""
+    now, first = time.perf_counter(), meter.first_token
+    prompt, generate = (first - meter.began, now - first) if first else (now - meter.began, 0.0)
+    RAG_STAGE_DURATION.labels(stage="prompt").observe(prompt)
+    RAG_STAGE_DURATION.labels(stage="generate").observe(generate)
+    return {
+        "embed_seconds": found.embed_seconds, "search_seconds": found.search_seconds, "prompt_seconds": prompt,
+        "generate_seconds": generate, "ttft_seconds": first - began if first else None, "total_seconds": now - began,
+    }  # fmt: skip
+
+
+def _count_retrieval(found: Retrieved) -> None:
+    RAG_STAGE_DURATION.labels(stage="embed").observe(found.embed_seconds)
+    RAG_STAGE_DURATION.labels(stage="search").observe(found.search_seconds)
+    RAG_HITS.observe(len(found.hits))
+    if found.hits:
+        RAG_TOP_SCORE.observe(found.hits[0].score)
+
+
+def _count_citations(reply: Reply) -> None:
+    RAG_CITATIONS.labels(valid="yes").inc(len(reply.cited))
+    RAG_CITATIONS.labels(valid="no").inc(len(reply.invalid))
+
+
+async def _counted(steps: AsyncIterator[Step]) -> AsyncIterator[Step]:
+    """Pass the steps on and count the question by its outcome; not one that was refused or whose client left."""
+    try:
+        async for kind, content in steps:
+            if kind == "answer":
+                RAG_REQUESTS.labels(outcome="abstained" if content["abstained"] else "answered").inc()
+            yield kind, content
+    except Exception as error:
+        if not isinstance(error, LabError) or error.http_status >= 500:
+            RAG_REQUESTS.labels(outcome="error").inc()
+        raise
+
+
+async def _last(steps: AsyncIterator[Step]) -> dict[str, Any]:
+    return [content async for _, content in steps][-1]
+
+
+async def _next(steps: AsyncIterator[Step]) -> Step:
+    return await anext(steps)
+
+
+async def _events(first: Step, steps: Any) -> AsyncIterator[bytes]:
+    """Yield the steps as server-sent events; an error after the first becomes an `error` event."""
+    yield _event(*first)
+    try:
+        async with aclosing(steps):
+            async for kind, content in steps:
+                yield _event(kind, content)
+    except Exception as error:  # the status is sent already: the stream itself must say it
+        yield _event("error", lab_body(error if isinstance(error, LabError) else unexpected(error)))
+
+
+def _event(kind: str, content: dict[str, Any]) -> bytes:
+    return f"event: {kind}\ndata: {json.dumps(content, ensure_ascii=False)}\n\n".encode()

@@ -1,0 +1,53 @@
+"""What the gateway serves: one model, its adapter's run, the engine that answers, and the index; made by `serving.launch`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from pipelines.runs import Run
+from serving.knowledge import Knowledge
+from serving.settings import ServeConfig
+from serving.supervisor import Supervisor
+from serving.upstream import Upstream
+
+
+@dataclass(frozen=True)
+class Service:
+    """Everything that an endpoint needs.
+
+    Attributes:
+        config: limits and sizes.
+        supervisor: the engine process; its launch has the names of base and adapter.
+        upstream: the way to the engine.
+        knowledge: the index.
+        run: where the adapter comes from, or None.
+        base: what the base is: title, hub id, revision, file.
+    """
+
+    config: ServeConfig
+    supervisor: Supervisor
+    upstream: Upstream
+    knowledge: Knowledge
+    run: Run | None
+    base: dict[str, Any]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Return the valid values of `model`, base first."""
+        return self.supervisor.launch.names
+
+    @property
+    def slots(self) -> int:
+        """Return how many sequences the engine generates at once."""
+        return self.supervisor.launch.slots
+
+    def passport(self, name: str) -> dict[str, Any]:
+        """Return where a served model comes from: the base, and for the adapter its run and that run's inputs."""
+        if self.run is None or name == self.names[0]:
+            return {"base": self.base}
+        run = self.run
+        return {
+            "base": self.base, "run": run.id, "kind": run.kind, "created": run.created, "fingerprint": run.fingerprint,
+            "rehearsal": run.rehearsal, "inputs": list(run.inputs), "facts": run.facts,
+        }  # fmt: skip

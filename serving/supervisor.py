@@ -1,0 +1,169 @@
+"""One engine process: start it, wait for its health, start it again when it dies, and leave nothing behind.
+
+It knows processes and time, and nothing of requests. The gateway reads `status`, which is replaced whole, so no lock is
+needed. The engine runs under `serving.leash` and writes to `engine.log` in the launch's working directory.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from monitoring.metrics import ENGINE_RESTARTS, ENGINE_UP
+from pipelines.errors import EngineError
+from serving.engines.contract import Engine, Launch
+from serving.settings import Restart
+
+if TYPE_CHECKING:
+    import httpx
+
+LEASH = Path(__file__).with_name("leash.py")
+GRACE_SECONDS = 8.0
+HEALTH_POLL_SECONDS = 0.1
+LOG_TAIL_LINES = 15
+
+
+class Status(NamedTuple):
+    """Whether the engine answers; if not, why, and in how many seconds to ask again."""
+
+    up: bool
+    reason: str
+    retry_after_seconds: int
+
+
+class Supervisor:
+    """Keeps one engine running: `spawn`, `await_health`, then `watch` until `stop`."""
+
+    def __init__(self, engine: Engine, launch: Launch, startup_seconds: float, restart: Restart) -> None:
+        self.engine, self.launch = engine, launch
+        self.startup_seconds, self.restart = startup_seconds, restart
+        self.log = launch.work / "engine.log"
+        self.status = Status(False, f"{engine.name} is not started", 1)
+        self._process: subprocess.Popen[bytes] | None = None
+        self._watcher: threading.Thread | None = None
+        self._stopping = threading.Event()
+        self._healthy_since = 0.0
+
+    def spawn(self) -> None:
+        """Start the process; it is not ready yet."""
+        self.launch.work.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-I", str(LEASH), str(GRACE_SECONDS), *self.engine.command(self.launch)]
+        environment = os.environ | self.engine.environment(self.launch)
+        mode = "ab" if self._watcher else "wb"
+        with self.log.open(mode) as log:
+            self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment,
+                                             cwd=self.launch.work, start_new_session=True)  # fmt: skip
+        self._set(Status(False, f"{self.engine.name} is starting", 1))
+
+    def await_health(self) -> None:
+        """Wait until the engine answers.
+
+        Raises:
+            EngineError: it ended, or did not answer in time; carries the end of its log.
+        """
+        import httpx
+
+        deadline = time.monotonic() + self.startup_seconds
+        with httpx.Client(trust_env=False, timeout=2.0) as client:
+            while not self._answers(client):
+                self._check_alive()
+                if time.monotonic() > deadline:
+                    raise self._failure(f"{self.engine.name} did not answer within {self.startup_seconds:g} s")
+                if self._stopping.wait(HEALTH_POLL_SECONDS):
+                    raise EngineError(f"{self.engine.name} was stopped while it started")
+        self._healthy_since = time.monotonic()
+        self._set(Status(True, f"{self.engine.name} is ready", 0))
+
+    def watch(self) -> None:
+        """From now on, start the engine again whenever it ends."""
+        self._watcher = threading.Thread(target=self._keep_running, name="engine-watch", daemon=True)
+        self._watcher.start()
+
+    def stop(self) -> None:
+        """End the engine and everything it started; safe to call at any time, and twice."""
+        self._stopping.set()
+        self._end_process()
+        if self._watcher:
+            self._watcher.join()
+        self._end_process()  # the watcher may have been starting a new one
+        self._set(Status(False, f"{self.engine.name} is stopped", 1))
+
+    def log_tail(self) -> str:
+        """Return the last lines of the engine's log."""
+        try:
+            lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
+        except OSError:
+            return "(no log)"
+        return "\n".join(f"    {line}" for line in lines[-LOG_TAIL_LINES:])
+
+    def _keep_running(self) -> None:
+        failures = 0
+        while not self._stopping.is_set():
+            reason = self._wait_for_end()
+            settled = time.monotonic() - self._healthy_since > self.restart.settled_seconds
+            failures = 1 if settled else failures + 1
+            while not self._stopping.is_set() and not self._recovered(reason, failures):
+                reason, failures = f"{self.engine.name} could not be started again, see {self.log}", failures + 1
+
+    def _wait_for_end(self) -> str:
+        assert self._process is not None
+        status = self._process.wait()
+        self._end_process()
+        name = f" ({signal.Signals(status - 128).name})" if status - 128 in set(signal.Signals) else ""
+        return f"{self.engine.name} ended with status {status}{name}"
+
+    def _recovered(self, reason: str, failures: int) -> bool:
+        """Wait out the delay, start the engine and wait for its health; return True if that worked."""
+        delay = min(self.restart.first_delay_seconds * 2 ** min(failures - 1, 30), self.restart.max_delay_seconds)
+        self._set(Status(False, f"{reason}; it is being started again", max(1, math.ceil(delay))))
+        if self._stopping.wait(delay):
+            return False
+        ENGINE_RESTARTS.labels(engine=self.engine.name).inc()
+        try:
+            self.spawn()
+            self._set(Status(False, f"{reason}; it is starting again", 1))
+            self.await_health()
+        except (EngineError, OSError):
+            self._end_process()
+            return False
+        return True
+
+    def _answers(self, client: httpx.Client) -> bool:
+        import httpx
+
+        try:
+            return client.get(self.launch.url + self.engine.health_path).status_code == 200
+        except httpx.HTTPError:
+            return False
+
+    def _check_alive(self) -> None:
+        if self._process is None or self._process.poll() is not None:
+            raise self._failure(f"{self.engine.name} ended while it started")
+
+    def _failure(self, came: str) -> EngineError:
+        return EngineError(
+            f"{came}; the end of {self.log}:\n{self.log_tail()}", "an engine that answers its health check", "make doctor"
+        )
+
+    def _end_process(self) -> None:
+        process = self._process
+        if process is None:
+            return
+        if process.stdin:
+            process.stdin.close()  # lets the leash go
+        try:
+            process.wait(GRACE_SECONDS + 5)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+    def _set(self, status: Status) -> None:
+        self.status = status
+        ENGINE_UP.labels(engine=self.engine.name).set(float(status.up))

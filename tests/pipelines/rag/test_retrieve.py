@@ -1,0 +1,100 @@
+"""Retrieval: the right passage comes first, bad questions are refused, threads and LangChain work."""
+
+from __future__ import annotations
+
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from pipelines.config import ROOT
+from pipelines.errors import DataError
+from pipelines.rag.embed import Embedder
+from pipelines.rag.index import MAX_K, RagConfig, build, open_index
+from pipelines.rag.retrieve import Retriever, as_langchain
+
+DATA = Path(os.environ.get("LLMLAB_DATA") or ROOT.parent / "shared" / "data")
+
+
+@pytest.fixture
+def retriever(docs: Path, config: RagConfig, minilm: Embedder) -> Retriever:
+    build(docs, "lab", config, minilm)
+    return Retriever(open_index("lab", minilm), minilm)
+
+
+def test_the_right_passage_comes_first(retriever: Retriever) -> None:
+    found = retriever.retrieve("How is Falcon 40B licensed?", 3)
+    assert [hit.title for hit in found.hits][0] == "Falcon 40B > Origin and licence"
+    assert "Apache 2.0" in found.hits[0].text and found.hits[0].source == "falcon.md"
+    scores = [hit.score for hit in found.hits]
+    assert scores == sorted(scores, reverse=True) and len(scores) == 3
+    assert found.embed_seconds > 0 and found.search_seconds > 0
+
+
+@pytest.mark.parametrize("k", [0, -1, MAX_K + 1, 10_000])
+def test_k_outside_its_range_is_refused(retriever: Retriever, k: int) -> None:
+    with pytest.raises(DataError, match=f"from 1 to {MAX_K}"):
+        retriever.retrieve("What is a KV cache?", k)
+
+
+def test_more_passages_than_there_are_give_all(retriever: Retriever) -> None:
+    assert len(retriever.retrieve("What is a KV cache?", MAX_K).hits) == len(retriever.index)
+
+
+@pytest.mark.parametrize(
+    ("question", "message"),
+    [("", "empty"), (" \n\t", "empty"), ("word " * 300, "302 tokens(.|\n)*at most 256"), ("\ud800", "not valid Unicode")],
+)
+def test_a_bad_question_is_refused(retriever: Retriever, question: str, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        retriever.retrieve(question, 3)
+
+
+def test_threads_get_the_same_answers_as_one(retriever: Retriever) -> None:
+    questions = ["How is Falcon licensed?", "When was Claude 2 launched?", "What draws dashboards?", "word " * 200] * 6
+
+    def titles(question: str) -> list[str]:
+        return [hit.chunk_id for hit in retriever.retrieve(question, 3).hits]
+
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(titles, questions)) == [titles(question) for question in questions]
+
+
+def test_langchain_uses_it_in_a_chain(retriever: Retriever) -> None:
+    from langchain_core.prompts import ChatPromptTemplate
+    from langchain_core.runnables import RunnablePassthrough
+
+    documents = as_langchain(retriever, 2).invoke("What draws dashboards?")
+    assert [d.id for d in documents] == [h.chunk_id for h in retriever.retrieve("What draws dashboards?", 2).hits]
+    assert documents[0].metadata["source"] == "deep/monitor.html" and documents[0].metadata["title"] == "Prometheus > Dashboards"
+    assert set(documents[0].metadata) == {"source", "title", "page", "score"}
+
+    prompt = ChatPromptTemplate.from_template("{context}\n{question}")
+    chain = {"context": as_langchain(retriever, 1), "question": RunnablePassthrough()} | prompt
+    assert "Grafana draws dashboards" in chain.invoke("What draws dashboards?").to_string()
+
+
+@pytest.mark.slow
+def test_recall_on_xquad(tmp_path: Path, minilm: Embedder) -> None:
+    path = DATA / "xquad.en.json"
+    if not path.is_file():
+        pytest.skip(f"{path} is absent; LLMLAB_DATA names the folder that holds it")
+    articles = json.loads(path.read_text(encoding="utf-8"))["data"][:6]
+    (tmp_path / "xquad").mkdir()
+    for article in articles:
+        paragraphs = "\n\n".join(p["context"] for p in article["paragraphs"])
+        (tmp_path / "xquad" / f"{article['title']}.md").write_text(f"# {article['title']}\n\n{paragraphs}\n", encoding="utf-8")
+    build(tmp_path / "xquad", "xquad", RagConfig(embedder="minilm", chunk_max_tokens=96, top_k=3), minilm)
+    retriever = Retriever(open_index("xquad", minilm), minilm)
+    asked = [(a["title"], q) for a in articles for p in a["paragraphs"] for q in p["qas"]]
+    found = [
+        any(
+            hit.source == f"{title}.md" and q["answers"][0]["text"] in hit.text
+            for hit in retriever.retrieve(q["question"], 3).hits
+        )
+        for title, q in asked
+    ]
+    assert len(found) > 100
+    assert sum(found) / len(found) > 0.85, f"recall@3 is {sum(found) / len(found):.3f} over {len(found)} questions"

@@ -1,0 +1,120 @@
+"""Every engine through one contract: what the gateway relies on, asked of the real server."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from pipelines import catalogue
+from pipelines.hardware import VLLM_PYTHON
+from pipelines.runs import Run
+from serving import engines
+from serving.address import check_free
+from serving.engines import vllm
+from serving.engines.contract import Adapter, Engine, Launch
+from serving.supervisor import Supervisor
+from serving.tuned import adapter_of, check_template
+from tests.serving.conftest import MODEL, TUNED, descendants, gone, serve_config
+
+NO_VLLM = pytest.mark.skipif(not VLLM_PYTHON.exists(), reason=".venv-vllm does not exist: make setup-vllm")
+ENGINES = ["llamacpp", pytest.param("vllm", marks=[pytest.mark.slow, pytest.mark.timeout(900), NO_VLLM])]
+CHAT = [{"role": "user", "content": "Write the numbers from one to ten."}]
+
+
+@pytest.fixture(scope="module", params=ENGINES)
+def started(request: pytest.FixtureRequest, tuned_run: Run, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Supervisor]:
+    engine = engines.named(request.param)
+    launch = Launch(
+        model=MODEL,
+        base=engine.base_path(catalogue.runnable(MODEL), False, print),
+        adapter=adapter_of(tuned_run, MODEL),
+        host="127.0.0.1",
+        port=check_free("127.0.0.1", 0, ""),
+        context_tokens=512,
+        slots=2,
+        threads=1,
+        gpu=False,
+        work=tmp_path_factory.mktemp("work"),
+    )
+    supervisor = Supervisor(engine, launch, 600.0, serve_config().restart)
+    supervisor.spawn()
+    try:
+        supervisor.await_health()
+        yield supervisor
+    finally:
+        processes = descendants(supervisor._process.pid) if supervisor._process else []
+        supervisor.stop()
+        assert gone(processes)
+
+
+def ask(supervisor: Supervisor, **body: Any) -> httpx.Response:
+    request = {"model": MODEL, "messages": CHAT, "max_tokens": 12, "temperature": 0} | body
+    content = supervisor.engine.select(request, supervisor.launch)
+    return httpx.post(f"{supervisor.launch.url}/v1/chat/completions", json=content, timeout=120, trust_env=False)
+
+
+def text(response: httpx.Response) -> str:
+    assert response.status_code == 200, response.text
+    return str(response.json()["choices"][0]["message"]["content"])
+
+
+def test_model_selects_base_or_adapter(started: Supervisor) -> None:
+    base, tuned = text(ask(started)), text(ask(started, model=TUNED))
+    assert base != tuned
+    assert text(ask(started)) == base and text(ask(started, model=TUNED)) == tuned, "the order of requests must not matter"
+
+
+def test_the_answer_counts_tokens(started: Supervisor) -> None:
+    for name in started.launch.names:
+        answer = ask(started, model=name).json()
+        assert answer["usage"]["completion_tokens"] == 12 and answer["usage"]["prompt_tokens"] > 10
+
+
+def test_it_renders_chats_as_training_did(started: Supervisor, tuned_run: Run) -> None:
+    check_template(tuned_run, started.engine, started.launch)
+
+
+def test_a_prompt_that_is_too_long_comes_with_its_sizes(started: Supervisor) -> None:
+    response = ask(started, messages=[{"role": "user", "content": "word " * 900}])
+    assert response.status_code == 400
+    error = response.json().get("error", response.json())
+    overflow = started.engine.overflow(error)
+    assert overflow and overflow.context_tokens == 512, error
+    assert overflow.prompt_tokens is None or overflow.prompt_tokens > 500, error
+    assert started.engine.overflow({"message": "temperature must be a number", "type": "x"}) is None
+
+
+def test_its_metrics_have_the_names_it_gives(started: Supervisor) -> None:
+    ask(started)
+    exposed = httpx.get(started.launch.url + started.engine.metrics_path, trust_env=False).text
+    for name in started.engine.metric_names.values():
+        assert f"\n{name}" in exposed, name
+
+
+def test_it_streams_usage(started: Supervisor) -> None:
+    response = ask(started, stream=True, stream_options={"include_usage": True})
+    data = [line.removeprefix("data: ") for line in response.text.splitlines() if line.startswith("data: ")]
+    assert data[-1] == "[DONE]"
+    last = json.loads(data[-2])
+    assert last["choices"] == [] and last["usage"]["completion_tokens"] == 12
+
+
+@pytest.mark.parametrize(("rank", "allowed"), [(1, 1), (4, 8), (16, 16), (257, 320)])
+def test_vllm_gets_a_rank_it_accepts(tmp_path: Path, rank: int, allowed: int) -> None:
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"r": rank}), encoding="utf-8")
+    assert vllm.lora_rank(Adapter(TUNED, tmp_path, tmp_path)) == allowed
+
+
+@pytest.mark.parametrize("name", ["llamacpp", "vllm"])
+def test_commands_are_lists_and_secrets_free(tmp_path: Path, name: str) -> None:
+    engine: Engine = engines.named(name)
+    launch = Launch(MODEL, tmp_path / "a model; with spaces", None, "127.0.0.1", 1, 512, 1, 2, False, tmp_path)
+    command = engine.command(launch)
+    assert all(isinstance(part, str) for part in command) and any("a model; with spaces" in part for part in command)
+    assert command[0] == (sys.executable if name == "llamacpp" else str(VLLM_PYTHON))

@@ -1,0 +1,68 @@
+"""The README tells the truth: its commands exist, its tree is the tree, its figures are those that were measured."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
+
+
+def test_every_make_target_exists() -> None:
+    targets = set(re.findall(r"^([a-z-]+):.*## ", MAKEFILE, re.M))
+    used = set(re.findall(r"make ([a-z-]+)", README)) - {"is", "sure"}
+    assert used and used <= targets, used - targets
+    for target in sorted(used):
+        dry = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True, check=False)
+        assert dry.returncode == 0, dry.stderr
+
+
+def test_every_llmlab_command_exists() -> None:
+    for command in set(re.findall(r"`llmlab ([a-z]+(?: [a-z]+)?)", README)):
+        done = subprocess.run(
+            [sys.executable, "-m", "labs", *command.split(), "--help"], cwd=ROOT, capture_output=True, check=False
+        )
+        assert done.returncode == 0, command
+
+
+def test_the_tree_names_every_folder() -> None:
+    shown, top = set(), ""
+    for indent, name in re.findall(r"^    (  )?([a-z]+)/ +\S", README.split("<!-- tree -->")[1], re.M):
+        top = top if indent else name
+        shown.add(f"{top}/{name}" if indent else name)
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    folders = {"/".join(Path(p).parts[:depth]) for p in tracked for depth in (1, 2) if len(Path(p).parts) > depth}
+    expected = {f for f in folders if not f.startswith((".ci", "tests/"))}
+    assert shown == expected
+
+
+def test_the_table_shows_what_was_measured() -> None:
+    figures = json.loads((ROOT / "labs" / "measured" / "lora.json").read_text(encoding="utf-8"))
+    table = README.split("<!-- labs/measured/lora.json -->")[1].split("## ")[0]
+    for key in ("f1_base", "f1_tuned", "f1_closed_book", "exact_match_tuned", "citation_accuracy", "abstention_f1"):
+        assert f"{figures[key]:.2f}" in table, key
+    assert f"{figures['f1_tuned'] / figures['f1_base']:.1f} times" in table
+    assert f"{figures['f1_tuned'] / figures['f1_closed_book']:.0f} times" in table
+    assert f"{figures['test_questions']} questions" in table
+    assert figures["f1_tuned"] >= 3 * figures["f1_base"]
+    assert figures["f1_tuned"] >= 5 * figures["f1_closed_book"]
+    assert figures["abstention_f1"] >= 0.7
+
+
+def test_pictures_exist_and_the_output_shows_an_answer_and_an_abstention() -> None:
+    pictures = re.findall(r"!\[[^]]*\]\(([^)]+)\)", README)
+    assert pictures
+    for picture in pictures:
+        assert (ROOT / picture).read_bytes().startswith(b"\x89PNG"), picture
+    output = README.split("```text")[1].split("```")[0]
+    assert "[1]" in output and "The passages do not answer this question." in output
+
+
+def test_the_makefile_is_thin() -> None:
+    for target, recipe in re.findall(r"^([a-z-]+):.*\n((?:\t.*\n)+)", MAKEFILE, re.M):
+        assert len(recipe.splitlines()) <= 3, target

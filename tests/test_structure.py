@@ -1,0 +1,78 @@
+"""The shape of the project: who imports whom, that every module imports, and what the README shows."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("pipelines", "serving", "monitoring", "labs")
+MODULES = sorted(p for package in PACKAGES for p in (ROOT / package).rglob("*.py"))
+LEAVES = {"pipelines.config", "pipelines.errors", "monitoring.metrics"}
+ALLOWED = {
+    "pipelines": {"pipelines", "monitoring.metrics"},
+    "serving": {"pipelines", "serving", "monitoring.metrics"},
+    "monitoring": {"monitoring"},
+    "labs": {"pipelines", "serving", "monitoring", "labs"},
+}
+HEAVY = ("torch", "transformers", "peft", "faiss", "matplotlib", "langchain_core", "xllamacpp", "bitsandbytes", "datasets")
+
+
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imports_of(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return {name for name in found if name.split(".")[0] in PACKAGES}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=module_name)
+def test_imports_go_one_way(path: Path) -> None:
+    own = path.relative_to(ROOT).parts[0]
+    for name in imports_of(path):
+        assert any(name == a or name.startswith(a + ".") or (a.startswith(name + ".")) for a in ALLOWED[own]), (
+            f"{path} imports {name}"
+        )
+
+
+def test_leaves_import_only_leaves() -> None:
+    for leaf in LEAVES:
+        for name in imports_of(ROOT / (leaf.replace(".", "/") + ".py")):
+            assert any(name == other or name.startswith(other + ".") for other in LEAVES), f"{leaf} imports {name}"
+
+
+def test_every_module_imports_and_none_is_heavy() -> None:
+    names = [module_name(p) for p in MODULES]
+    script = "import importlib, sys\n" + f"for name in {names!r}: importlib.import_module(name)\n"
+    script += f"print([h for h in {HEAVY!r} if h in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_every_module_says_what_it_is() -> None:
+    for path in MODULES:
+        assert importlib.import_module(module_name(path)).__doc__, path
+
+
+def test_nothing_is_unpickled_and_no_remote_code_is_trusted() -> None:
+    for path in MODULES:
+        text = path.read_text()
+        for bad in (
+            "pickle.load",
+            "torch.load(",
+            "joblib.load",
+            "trust_remote_code=True",
+            "allow_dangerous_deserialization=True",
+        ):
+            assert bad not in text, f"{path}: {bad}"
