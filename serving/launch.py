@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 Say = Callable[[str], None]
 WORK = ROOT / ".cache" / "serve"
 ENGINE_HOST = "127.0.0.1"  # the engine has no limits and no authentication: only the gateway talks to it
-STOP_SIGNALS = ("SIGTERM", "SIGHUP")
+STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,9 @@ def serve(model_name: str, config: ServeConfig, *, adapter: str = LATEST, pull: 
         LabError: something does not fit or does not start; the message says what, and what to do.
     """
     try:
-        with stopped_by_signals(), _prepared(model_name, config, adapter, pull, say) as (service, server, address):
+        with stopped_by_signals() as asked, _prepared(model_name, config, adapter, pull, say) as (service, server, address):
+            if asked():
+                raise KeyboardInterrupt
             say("ready; Ctrl-C stops gateway and engine")
             service.supervisor.watch()
             server.run(sockets=[address])
@@ -158,19 +160,24 @@ def _server(service: Service, drain_seconds: int) -> uvicorn.Server:
 
 
 @contextmanager
-def stopped_by_signals() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP end the block as Ctrl-C does, so that the engine is stopped too."""
+def stopped_by_signals() -> Iterator[Callable[[], bool]]:
+    """Let SIGTERM and SIGHUP end the block as Ctrl-C does, so that the engine is stopped too.
+
+    Yields a function that tells whether a signal came: a library that is being imported may swallow the exception.
+    """
+    came: list[int] = []
+
+    def interrupt(number: int, frame: Any) -> None:  # noqa: ARG001 - the signature of a signal handler
+        came.append(number)
+        raise KeyboardInterrupt
+
     numbers = [getattr(signal, name) for name in STOP_SIGNALS if hasattr(signal, name)]
-    before = {number: signal.signal(number, _interrupt) for number in numbers}
+    before = {number: signal.signal(number, interrupt) for number in numbers}
     try:
-        yield
+        yield lambda: bool(came)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _interrupt(number: int, frame: Any) -> None:  # noqa: ARG001 - the signature of a signal handler
-    raise KeyboardInterrupt
 
 
 def _check_context(model: Model, config: ServeConfig) -> None:

@@ -209,3 +209,28 @@ def test_ctrl_c_while_the_engine_loads(tmp_path: Path) -> None:
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=60)
     wait_until(lambda: gone(others), 30)
+
+
+SWALLOWING = """
+import os, signal, sys, time
+from serving.launch import serve
+from serving.settings import load_serve_config
+def say(line):
+    print(line, flush=True)
+    if line.startswith("index"):
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+        except KeyboardInterrupt:
+            pass
+serve("smollm2-135m", load_serve_config("default", sys.argv[1:]), adapter="none", say=say)
+"""
+
+
+def test_ctrl_c_that_a_library_swallows_still_stops(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", SWALLOWING, *SETTINGS]
+    done = subprocess.run(
+        command, env=environment_of(tmp_path), cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "ready" not in done.stdout and done.stdout.endswith("stopped\n")
