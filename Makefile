@@ -2,7 +2,6 @@
 #   make finetune MODEL=smollm2-135m RECIPE=lora SET="schedule.steps=50 lora.rank=8" REHEARSE=1 PULL=never
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-MAKEFLAGS += --no-print-directory
 PYTHON ?= python3.11
 MODEL ?= smollm2-135m
 LLMLAB := .venv/bin/llmlab
