@@ -120,22 +120,33 @@ def pull(name: ModelName) -> None:
 def finetune(
     name: ModelName = "smollm2-135m",
     recipe: Annotated[str | None, typer.Option(help="A name from configs/recipes; the model's own if not given.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="A file of rows, or a name in configs/data; the recipe's if not given.")
+    ] = None,
+    epochs: Annotated[float | None, typer.Option(help="Passes over the file, in place of the recipe's steps.")] = None,
+    start: Annotated[str, typer.Option(help="For dpo: the run whose adapter is tuned further.")] = "latest",
+    resume: Annotated[Literal["auto", "never"], typer.Option(help="Go on from the newest checkpoint of this job?")] = "auto",
     set_: Overrides = None,
     rehearse: Annotated[bool, typer.Option("--rehearse", help="Rehearse on a shrunk model with random weights.")] = False,
     pull: Annotated[Literal["auto", "never"], typer.Option(help="May weights be fetched?")] = "auto",
 ) -> None:
-    """Tune a model and write a run. Example: llmlab finetune smollm2-135m --set schedule.steps=50.
+    """Tune a model and write a run.
 
     Ctrl-C keeps a checkpoint; the same command goes on from it.
+
+    Examples: llmlab finetune smollm2-135m --set schedule.steps=50;
+    llmlab finetune --data faq.jsonl --epochs 3; llmlab finetune --recipe dpo
     """
     from labs.screen import TuningScreen, say
     from pipelines.tune.finetune import Job
     from pipelines.tune.finetune import finetune as tune
 
+    given = [f"data={data}"] if data else []
+    given += [f"schedule.epochs={epochs}", "schedule.steps=null"] if epochs else []
     with TuningScreen() as screen:
-        run = tune(Job(name, recipe, tuple(set_ or ()), rehearse, pull != "never"), screen)
+        run = tune(Job(name, recipe, (*given, *(set_ or ())), rehearse, pull != "never", start, resume != "never"), screen)
     say(f"{'rehearsal' if run.rehearsal else 'run'} {run.id} is in {run.path}\n"
-        f"loss {run.facts['final_loss']:.3f} after {run.facts['questions']} questions in {run.facts['seconds']:.0f} s; "
+        f"loss {run.facts['final_loss']:.3f} after {run.facts['rows']} rows in {run.facts['seconds']:.0f} s; "
         + ("it cannot be served: its weights are random" if run.rehearsal else f"next: make eval MODEL={name}"))  # fmt: skip
 
 
@@ -341,7 +352,7 @@ def _said(fact: Any) -> str:
 
 
 def _short_facts(facts: dict[str, Any]) -> str:
-    wanted = ("final_loss", "questions", "seconds", "f1_base", "f1_tuned", "abstention_f1", "citation_accuracy", "test_questions")
+    wanted = ("final_loss", "rows", "seconds", "f1_base", "f1_tuned", "abstention_f1", "citation_accuracy", "test_questions")
     return ", ".join(f"{k} {facts[k]:.3g}" for k in wanted if k in facts)
 
 

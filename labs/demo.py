@@ -177,7 +177,7 @@ def report(recipe: str, tuned: Run, evaluation: Run, chunks: int, answers: list[
     """Return the report as Markdown."""
     lines = [
         f"# The life of {MODEL}, {datetime.now(UTC):%Y-%m-%d %H:%M} UTC", "", "![loss, scores, time](report.png)", "",
-        f"Tuned with the recipe `{recipe}`: {tuned.facts['questions']} questions in {tuned.facts['seconds']:.0f} s, "
+        f"Tuned with the recipe `{recipe}`: {tuned.facts['rows']} questions in {tuned.facts['seconds']:.0f} s, "
         f"{tuned.facts['tokens_per_second']:.0f} tokens/s, peak memory {tuned.facts['peak_memory_bytes'] / 1e9:.1f} GB. "
         f"Run `{tuned.id}`; index of {chunks} chunks.", "", "## What it can do now", "",
         *_score_table(evaluation.facts), "", *_about_full_recipe(recipe), "", "## What it answered", "",

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from pipelines.plan import Plan
-from pipelines.tune.sft import Step
+from pipelines.tune.training import Step
 
 OUT = Console(soft_wrap=True, highlight=False)
 ERR = Console(stderr=True, soft_wrap=True, highlight=False)
@@ -78,6 +78,20 @@ class TuningScreen:
             self._progress.start()
             self._task = self._progress.add_task("training", total=step.steps, **fields)
         self._progress.update(self._task, completed=step.step, **fields)
+
+    def ready(self, model: Any, tokenizer: Any) -> None:
+        """Nothing is measured before the first step."""
+
+    def proof(self, card: dict[str, Any]) -> None:
+        """Show the proof card: what tuning changed, what it cost elsewhere, who can serve it."""
+        losses = {k: v for k, v in card.items() if k.endswith("_loss")}
+        rows = [(name.replace("_", " "), f"{v['before']:.3f}", f"{v['after']:.3f}") for name, v in losses.items()]
+        rows += [
+            ("largest change of a logit", "", f"{card['logit_change']:.2f}"),
+            ("replies that stop", "", f"{card['stop_rate']:.0%}"),
+        ]
+        rows += [(f"served by {engine}", "", answer) for engine, answer in card["servable"].items()]
+        table("Proof card (losses in nats per token)", ["what", "before", "after"], rows)
 
 
 class CountScreen:

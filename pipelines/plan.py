@@ -76,12 +76,14 @@ class Plan:
 def make_plan(entry: Model, recipe: Recipe, machine: Machine, device: str, *, on_disk: bool) -> Plan:
     """Return the plan for tuning `entry`, a runnable model, with `recipe` on `device` ("cpu" or "cuda")."""
     assert entry.dimensions and entry.weights  # runnable
-    total, linear, adapter = count_parameters(entry, recipe.lora.rank)
+    total, linear, adapter = count_parameters(entry, recipe.lora.rank if recipe.lora else 16)
     quantised = linear if recipe.method == "qlora" else 0
     full = 2 if device == "cuda" else 4
     d, tokens = entry.dimensions, recipe.schedule.max_tokens
     per_token = d.layers * (8 * d.hidden + 4 * d.intermediate) + 3 * d.vocabulary * 0.2  # a fifth of the places has a label
-    trained_tokens = recipe.schedule.steps * recipe.schedule.groups_per_step * tokens * 0.5
+    trained_tokens = (
+        (recipe.schedule.steps or 100) * recipe.schedule.rows_per_step / recipe.schedule.rows_per_prompt * tokens * 0.5
+    )
     return Plan(
         model=entry.name, method=recipe.method, device=device, parameters=total, quantised_parameters=quantised,
         adapter_parameters=adapter, weight_bytes=int(quantised * NF4_BITS / 8 + (total - quantised) * full),

@@ -83,6 +83,13 @@ class Draft:
         with (self.path / name).open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(row) + "\n")
 
+    def forget(self) -> None:
+        """Drop what an interrupted attempt left, so that the work begins anew."""
+        for path in self.path.iterdir():
+            if path.name in (LOCK, "config.json", "environment.json"):
+                continue
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
     def finish(self, facts: Mapping[str, Any], inputs: tuple[Run, ...] = ()) -> Run:
         """Seal the run: hash every file, write the manifest, fsync, drop the checkpoint, rename; return the run."""
         while any(self.path.parent.glob(f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{self.short_hash}")):
@@ -101,7 +108,7 @@ class Draft:
             shutil.rmtree(path)
         (self.path / LOCK).unlink(missing_ok=True)
         os.rename(self.path, final)
-        _sync(final.parent)
+        sync(final.parent)
         return read(final)
 
 
@@ -258,10 +265,11 @@ def _files(root: Path) -> list[Path]:
 
 def _sync_tree(root: Path) -> None:
     for path in [*_files(root), root / MANIFEST, *(p for p in root.rglob("*") if p.is_dir()), root]:
-        _sync(path)
+        sync(path)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Flush a file or a folder to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

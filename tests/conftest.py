@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,7 +17,7 @@ os.environ |= OPENMP_ENVIRONMENT  # before torch is imported: engines run beside
 
 from pipelines.plan import Plan
 from pipelines.runs import Run
-from pipelines.tune.sft import Step
+from pipelines.tune.training import Step
 
 MODEL = "smollm2-135m"
 
@@ -42,6 +43,7 @@ class Quiet:
         self.lines: list[str] = []
         self.plans: list[Plan] = []
         self.steps: list[Step] = []
+        self.cards: list[dict[str, Any]] = []
 
     def say(self, text: str) -> None:
         self.lines.append(text)
@@ -51,6 +53,12 @@ class Quiet:
 
     def step(self, step: Step) -> None:
         self.steps.append(step)
+
+    def ready(self, model: Any, tokenizer: Any) -> None:
+        pass
+
+    def proof(self, card: dict[str, Any]) -> None:
+        self.cards.append(card)
 
 
 @pytest.fixture(scope="session", autouse=True)

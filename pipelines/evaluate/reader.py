@@ -6,19 +6,20 @@ construction. Replies are greedy. The result is a run of its own, with every rep
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from pipelines import catalogue, hardware, weights
-from pipelines.errors import RehearsalRefused
+from pipelines.errors import DataError, RehearsalRefused
 from pipelines.evaluate.scores import Scores, score
 from pipelines.rag.answer import closed_book_messages, messages, parse
 from pipelines.runs import Run, draft
 from pipelines.tune import adapter, data, template
 from pipelines.tune.recipe import Recipe
+from pipelines.tune.source import is_file
 
 KIND = "evaluate"
 MAX_NEW_TOKENS = 32  # the longest right reply has 24
@@ -38,12 +39,16 @@ def evaluate(tuned: Run, limit: int | None, on_progress: OnProgress) -> Run:
 
     Raises:
         RehearsalRefused: the run is a rehearsal; its weights are random.
+        DataError: the run was tuned on a file, which has no questions about held-out models.
         WeightsMissing: the base is not on this machine.
     """
     if tuned.rehearsal:
         raise RehearsalRefused(f"run {tuned.id} is a rehearsal on random weights: its answers mean nothing", "a tuned model",
                                f"make finetune MODEL={tuned.model}")  # fmt: skip
     recipe = Recipe.model_validate(tuned.json("config.json")["recipe"])
+    if is_file(recipe.data):
+        raise DataError(f"run {tuned.id} was tuned on the file {recipe.data}", "a run on an instruction set of configs/data",
+                        f"llmlab runs show {tuned.id}: its proof card has the loss on held-out rows")  # fmt: skip
     reader = data.load_reader(recipe.data)
     _, corpus = data.corpora(reader)
     examples = data.held_out_examples(reader, corpus, limit)
@@ -51,7 +56,7 @@ def evaluate(tuned: Run, limit: int | None, on_progress: OnProgress) -> Run:
     with draft(KIND, tuned.model, config) as work:
         (work.path / "replies.jsonl").unlink(missing_ok=True)
         scores = {}
-        for variant, texts in _replies(tuned, recipe, examples, on_progress):
+        for variant, texts in _replies(tuned, examples, on_progress):
             passages = 0 if "closed" in variant else reader.passages
             replies = [parse(text, passages) for text in texts]
             scores[variant] = score(examples, replies)
@@ -112,23 +117,48 @@ def generate(model: Any, tokenizer: Any, chats: Sequence[list[dict[str, str]]], 
     return texts
 
 
-def load_tuned(tuned: Run, recipe: Recipe) -> tuple[Any, Any]:
-    """Return (PEFT model, tokenizer) of a finetune run."""
+@dataclass(frozen=True)
+class Loaded:
+    """A tuned model beside its base; with an adapter both are one model."""
+
+    tuned: Any
+    base: Any
+    tokenizer: Any
+
+    @contextmanager
+    def as_base(self) -> Iterator[Any]:
+        """Yield the model as it was before it was tuned."""
+        if self.tuned is self.base:
+            with self.tuned.disable_adapter():
+                yield self.tuned
+        else:
+            yield self.base
+
+
+def load_tuned(run: Run) -> Loaded:
+    """Return the model of a finetune run and its base, ready to generate.
+
+    Raises:
+        FingerprintMismatch: the base's chat template is not the one of the training.
+    """
     from peft import PeftModel
     from transformers import AutoTokenizer
 
-    from pipelines.tune.finetune import load_base
+    from pipelines.tune.finetune import MODEL_FOLDER, load_base
 
     hardware.use_all_cores()
-    folder = weights.hf_directory(catalogue.runnable(tuned.model))
-    base = load_base(folder, recipe, hardware.choose_device().choice)
+    folder, device = weights.hf_directory(catalogue.runnable(run.model)), hardware.choose_device().choice
+    base = load_base(folder, device, quantised=run.json("config.json")["quantised"]).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    template.check(tuned.json(template.LOCK_FILE), template.render_with(tokenizer), "transformers")
-    return PeftModel.from_pretrained(base, tuned.path / adapter.ADAPTER_FOLDER).eval(), tokenizer
+    template.check(run.json(template.LOCK_FILE), template.render_with(tokenizer), "transformers")
+    if (run.path / MODEL_FOLDER).is_dir():
+        return Loaded(load_base(run.path / MODEL_FOLDER, device, quantised=False).eval(), base, tokenizer)
+    tuned = PeftModel.from_pretrained(base, run.path / adapter.ADAPTER_FOLDER).eval()
+    return Loaded(tuned, tuned, tokenizer)
 
 
-def _replies(tuned: Run, recipe: Recipe, examples: Sequence[data.Example], on_progress: OnProgress) -> Any:
-    model, tokenizer = load_tuned(tuned, recipe)
+def _replies(tuned: Run, examples: Sequence[data.Example], on_progress: OnProgress) -> Iterator[tuple[str, list[str]]]:
+    loaded = load_tuned(tuned)
     for variant in VARIANTS:
         closed = "closed" in variant
         chats = [closed_book_messages(e.question) if closed else messages(e.question, e.passages) for e in examples]
@@ -136,8 +166,8 @@ def _replies(tuned: Run, recipe: Recipe, examples: Sequence[data.Example], on_pr
         def on_done(done: int, variant: str = variant) -> None:
             on_progress(variant, done, len(examples))
 
-        with model.disable_adapter() if variant.startswith("base") else nullcontext():
-            yield variant, generate(model, tokenizer, chats, on_done)
+        with loaded.as_base() if variant.startswith("base") else nullcontext(loaded.tuned) as model:
+            yield variant, generate(model, loaded.tokenizer, chats, on_done)
 
 
 def _row(example: data.Example) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from pipelines.errors import ConfigError, DataError, FingerprintMismatch, RunInc
 from pipelines.rag.chunk import Chunk, chunk
 from pipelines.rag.embed import Embedder
 from pipelines.rag.load import Document, Skipped, load
-from pipelines.runs import disk_full_is_explained, write_text
+from pipelines.runs import disk_full_is_explained, sync, write_text
 
 if TYPE_CHECKING:
     import numpy as np
@@ -269,8 +269,8 @@ def _write_generation(folder: Path, facts: dict[str, Any], vectors: np.ndarray, 
     except OSError:
         shutil.rmtree(path, ignore_errors=True)
         raise
-    _sync(path)
-    _sync(folder)
+    sync(path)
+    sync(folder)
     return generation
 
 
@@ -279,7 +279,7 @@ def _switch(folder: Path, generation: str, report: Progress) -> None:
     report("switch", 0, 1)
     previous = _current(folder)
     write_text(folder / CURRENT, generation + "\n")
-    _sync(folder)
+    sync(folder)
     report("switch", 1, 1)
     for path in folder.iterdir():
         if path.is_dir() and path.name not in (generation, previous):
@@ -355,11 +355,3 @@ def _write_bytes(path: Path, content: bytes) -> None:
         stream.write(content)
         stream.flush()
         os.fsync(stream.fileno())
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

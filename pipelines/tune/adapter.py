@@ -1,4 +1,4 @@
-"""The trained adapter as files: PEFT safetensors for vLLM and transformers, GGUF for llama.cpp, and the proof that it acts.
+"""The adapter: put on a base, saved as PEFT safetensors for vLLM and transformers, and as GGUF for llama.cpp.
 
 llama.cpp stores the rows of the query and key projections in another order than transformers (its rotary embedding pairs
 neighbouring elements), so the rows of their `lora_B` are permuted the same way. Merging is not done here.
@@ -20,25 +20,69 @@ if TYPE_CHECKING:
 ADAPTER_FOLDER = "adapter"
 GGUF_FILE = "adapter.gguf"
 PERMUTED = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}
-MIN_LOGIT_CHANGE = 1e-3
+VLLM_MAX_RANK = 512
 
 
-def attach(base: Any, lora: Lora, target_modules: list[str], *, quantised: bool) -> Any:
-    """Return a PEFT model with a fresh LoRA adapter on `target_modules`; the base stays frozen."""
-    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+def attach(
+    base: Any, lora: Lora, target_modules: list[str], *, quantised: bool, dora: bool = False, checkpointing: bool = False
+) -> Any:
+    """Return a PEFT model with a fresh adapter on `target_modules`; the base stays frozen.
 
+    Args:
+        base: a causal language model.
+        lora: shape of the adapter.
+        target_modules: names of the projections that get one.
+        quantised: the base is in NF4.
+        dora: learn magnitude and direction apart (Liu et al. 2024, arXiv 2402.09353).
+        checkpointing: compute activations twice instead of keeping them.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=target_modules,
+                        use_dora=dora, task_type="CAUSAL_LM")  # fmt: skip
+    return get_peft_model(ready(base, quantised=quantised, checkpointing=checkpointing), config)
+
+
+def ready(base: Any, *, quantised: bool, checkpointing: bool) -> Any:
+    """Return the base prepared for training: norms in float32 where it is quantised, checkpointing where it is wanted."""
+    from peft import prepare_model_for_kbit_training
+
+    settings = {"use_reentrant": False}
     if quantised:
-        base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=next(base.parameters()).is_cuda,
-                                               gradient_checkpointing_kwargs={"use_reentrant": False})  # fmt: skip
-    config = LoraConfig(
-        r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=target_modules, task_type="CAUSAL_LM"
-    )
-    return get_peft_model(base, config)
+        return prepare_model_for_kbit_training(
+            base, use_gradient_checkpointing=checkpointing, gradient_checkpointing_kwargs=settings
+        )
+    if checkpointing:
+        base.gradient_checkpointing_enable(settings)
+    return base
+
+
+def resume(base: Any, folder: Path, *, quantised: bool, checkpointing: bool) -> Any:
+    """Return the base with a saved adapter that goes on learning; without dropout, so that a reference can be exact."""
+    from peft import PeftConfig, PeftModel
+
+    config = PeftConfig.from_pretrained(folder)
+    config.lora_dropout = 0.0
+    base = ready(base, quantised=quantised, checkpointing=checkpointing)
+    return PeftModel.from_pretrained(base, folder, config=config, is_trainable=True)
+
+
+def servable(method: str, lora: Lora | None) -> dict[str, str]:
+    """Return for each engine "yes", or why it cannot serve what the method makes beside its base."""
+    if method == "full":
+        return dict.fromkeys(("llamacpp", "vllm"), "as a model of its own: llmlab export RUN")
+    if method == "dora":
+        return dict.fromkeys(("llamacpp", "vllm"), "after merging, since engines know no DoRA: llmlab export RUN")
+    rank = lora.rank if lora else 0
+    return {
+        "llamacpp": "yes",
+        "vllm": "yes" if rank <= VLLM_MAX_RANK else f"no: rank {rank} is over its limit of {VLLM_MAX_RANK}",
+    }
 
 
 def save(model: Any, entry: Model, folder: Path) -> None:
     """Write the adapter as PEFT files; the base is named by its hub id and revision, never by a path of this machine."""
-    model.save_pretrained(folder, safe_serialization=True)
+    model.save_pretrained(folder, safe_serialization=True, save_embedding_layers=False)
     path = folder / "adapter_config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     if entry.weights is not None:
@@ -79,32 +123,6 @@ def to_gguf(folder: Path, base_config: Any, out: Path) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-
-
-def logit_change(model: Any, token_ids: list[int]) -> float:
-    """Return the largest absolute change that the adapter makes to the next-token logits of a prompt."""
-    import torch
-
-    model.eval()
-    ids = torch.tensor([token_ids], device=next(model.parameters()).device)
-    with torch.no_grad():
-        tuned = model(input_ids=ids, logits_to_keep=1).logits
-        with model.disable_adapter():
-            base = model(input_ids=ids, logits_to_keep=1).logits
-    return float((tuned - base).abs().max())
-
-
-def prove_effect(model: Any, token_ids: list[int]) -> float:
-    """Return `logit_change`.
-
-    Raises:
-        TrainingFailed: the adapter changes nothing.
-    """
-    change = logit_change(model, token_ids)
-    if change < MIN_LOGIT_CHANGE:
-        raise TrainingFailed(f"the adapter changes no logit by more than {change:.1e}", f"at least {MIN_LOGIT_CHANGE}",
-                             "raise schedule.steps or optimiser.learning_rate with --set")  # fmt: skip
-    return change
 
 
 def _as_llama_cpp_orders_rows(module: str, rows: np.ndarray, config: Any) -> np.ndarray:

@@ -20,7 +20,9 @@ from pydantic import Field
 from pipelines.catalogue import Model, all_models, find
 from pipelines.config import ROOT, Config, load, named
 from pipelines.errors import ConfigError
+from pipelines.rag.answer import messages, reply_text
 from pipelines.rag.index import RagConfig
+from pipelines.tune.rows import Row
 
 if TYPE_CHECKING:
     import numpy as np
@@ -84,6 +86,16 @@ class Example:
     truth: str | None
     answer: str | None
     citations: tuple[int, ...]
+
+    @property
+    def reply(self) -> str:
+        """Return what a perfect reader writes: the answer with its citation, or the abstention sentence."""
+        return reply_text(self.answer or "", self.citations[0] if self.citations else None)
+
+    @property
+    def row(self) -> Row:
+        """Return the example as chat turns."""
+        return Row((*messages(self.question, self.passages), {"role": "assistant", "content": self.reply}))
 
 
 def load_reader(name: str = "reader") -> ReaderConfig:

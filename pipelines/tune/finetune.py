@@ -6,28 +6,30 @@ what happens.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from pipelines import catalogue, hardware, weights
+from pipelines import catalogue, hardware, runs, weights
 from pipelines.catalogue import Model
-from pipelines.errors import PlanDoesNotFit, Rehearsed, WeightsMissing
+from pipelines.errors import ConfigError, PlanDoesNotFit, RehearsalRefused, Rehearsed, WeightsMissing
 from pipelines.plan import Plan, make_plan
 from pipelines.runs import Draft, Run, draft, write_text
-from pipelines.tune import adapter, data, rehearsal, template
-from pipelines.tune.groups import training_groups
-from pipelines.tune.packing import Packed, pack
-from pipelines.tune.recipe import Recipe, load_recipe
-from pipelines.tune.sft import Step, Training, as_row
+from pipelines.tune import adapter, data, proof, rehearsal, source, template
+from pipelines.tune.preference import REFERENCE_FILE, Preferences, check_first_loss
+from pipelines.tune.recipe import Lora, Recipe, load_recipe
+from pipelines.tune.sft import Supervised
+from pipelines.tune.training import Objective, Step, Training, as_row
 
 KIND = "finetune"
 METRICS = "metrics.jsonl"
+MODEL_FOLDER = "model"
+BEFORE_FILE = "before.safetensors"
 REHEARSAL_STEPS = 6
+LATEST = "latest"
 
 
 class Watcher(Protocol):
@@ -42,16 +44,64 @@ class Watcher(Protocol):
     def step(self, step: Step) -> None:
         """Take the figures of an optimiser step."""
 
+    def ready(self, model: Any, tokenizer: Any) -> None:
+        """Take the model before its first step; it may be measured, not changed."""
+
+    def proof(self, card: dict[str, Any]) -> None:
+        """Take the proof card."""
+
 
 @dataclass(frozen=True)
 class Job:
-    """What the user asked for; `recipe` None means the model's own."""
+    """What the user asked for.
+
+    Attributes:
+        model: a catalogue entry.
+        recipe: a name in configs/recipes; None means the model's own.
+        overrides: fields of the recipe, `a.b=c`.
+        rehearse: rehearse on a shrunk model with random weights.
+        pull: weights may be fetched.
+        start: for dpo, the run whose adapter is tuned further: its id, or "latest".
+        resume: go on from a checkpoint of the same job; False begins anew.
+    """
 
     model: str
     recipe: str | None = None
     overrides: Sequence[str] = ()
     rehearse: bool = False
     pull: bool = True
+    start: str = LATEST
+    resume: bool = True
+
+
+@dataclass(frozen=True)
+class _Work:
+    """A job whose questions are answered: which model, how, from what, and where."""
+
+    entry: Model
+    recipe: Recipe
+    recipe_name: str
+    start: Run | None
+    device: hardware.Choice
+    resume: bool
+
+    @property
+    def lora(self) -> Lora | None:
+        """Return the shape of the adapter; for dpo that of the run it starts from."""
+        return Lora.model_validate(self.start.json("config.json")["recipe"]["lora"]) if self.start else self.recipe.lora
+
+    @property
+    def quantised(self) -> bool:
+        """Return True if the base is in 4 bits; for dpo as it was in the run it starts from."""
+        return bool(self.start.json("config.json")["quantised"]) if self.start else self.recipe.quantised
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Return what decides the result, for the run."""
+        start = {"run": self.start.id, "fingerprint": self.start.fingerprint} if self.start else None
+        return {"model": self.entry.model_dump(exclude={"facts"}), "data": source.resolved(self.recipe),
+                "recipe_name": self.recipe_name, "recipe": self.recipe.model_dump(), "device": self.device._asdict(),
+                "quantised": self.quantised, "start": start}  # fmt: skip
 
 
 def finetune(job: Job, watcher: Watcher) -> Run:
@@ -67,92 +117,159 @@ def finetune(job: Job, watcher: Watcher) -> Run:
     recipe = load_recipe(recipe_name, job.overrides)
     device = hardware.choose_device()
     watcher.say(f"device: {device.choice} ({device.reason}); recipe: {recipe_name}")
-    plan = make_plan(entry, recipe, hardware.probe(weights.model_cache()), device.choice, on_disk=weights.is_here(entry))
+    machine = hardware.probe(weights.model_cache())
+    plan = make_plan(entry, recipe, machine, device.choice, on_disk=weights.is_here(entry))
     watcher.plan(plan)
     if job.rehearse:
-        return _rehearse(entry, recipe, recipe_name, watcher)
+        return _rehearse(_Work(entry, recipe, recipe_name, None, device, job.resume), watcher)
     try:
         plan.check()
         folder = weights.obtain(entry, pull=job.pull, say=watcher.say)
     except (PlanDoesNotFit, WeightsMissing) as problem:
         watcher.say(f"{problem}\nrehearsing instead: {entry.name}'s architecture, shrunk, with random weights")
-        run = _rehearse(entry, recipe, recipe_name, watcher)
+        run = _rehearse(_Work(entry, recipe, recipe_name, None, device, job.resume), watcher)
         raise Rehearsed(f"{entry.name} was rehearsed, not tuned (run {run.id}): {problem.came}", problem.expected,
                         f"{problem.next_command}; or make finetune MODEL=smollm2-135m") from None  # fmt: skip
-    config = _config(entry, recipe, recipe_name, device)
-    with draft(KIND, entry.name, config) as work:
-        return _tune(entry, recipe, folder, device.choice, work, watcher)
+    asked = _Work(entry, recipe, recipe_name, _start(entry, recipe, job.start), device, job.resume)
+    with draft(KIND, entry.name, asked.config) as work:
+        return _tune(asked, folder, work, watcher)
 
 
-def _rehearse(entry: Model, recipe: Recipe, recipe_name: str, watcher: Watcher) -> Run:
-    steps = min(recipe.schedule.steps, REHEARSAL_STEPS)
-    short = recipe.model_copy(update={"schedule": recipe.schedule.model_copy(update={"steps": steps, "max_tokens": 4096})})
-    device = hardware.choose_device()
+def _start(entry: Model, recipe: Recipe, wanted: str) -> Run | None:
+    """Return the supervised run that preferences are learnt on top of; None for any other method."""
+    if recipe.method != "dpo":
+        return None
+    if wanted != LATEST:
+        run = runs.find(wanted)
+        if run.rehearsal:
+            raise RehearsalRefused(f"run {run.id} is a rehearsal", "a run on real weights", "llmlab runs")
+    else:
+        found = [r for p in runs.all_runs(KIND, entry.name) if not (r := runs.read(p)).rehearsal and _is_supervised(r)]
+        if not found:
+            raise ConfigError(f"{entry.name} has no supervised run to learn preferences on top of", "the adapter of a run",
+                              f"make finetune MODEL={entry.name}, then the same command again")  # fmt: skip
+        run = found[-1]
+    if (run.kind, run.model) != (KIND, entry.name) or not _is_supervised(run):
+        raise ConfigError(f"run {run.id} is {run.kind} of {run.model} and has no adapter of a supervised training",
+                          f"a lora or qlora run of {entry.name}", "llmlab runs")  # fmt: skip
+    return run
+
+
+def _is_supervised(run: Run) -> bool:
+    return run.json("config.json")["recipe"]["method"] in ("lora", "qlora")
+
+
+def _rehearse(asked: _Work, watcher: Watcher) -> Run:
+    """Take the shrunk architecture through the same code; for dpo, through a short supervised training first."""
     texts = [path.read_text(encoding="utf-8") for path in sorted(data.KNOWLEDGE.glob("*.md"))]
-    with (
-        draft(KIND, entry.name, _config(entry, short, recipe_name, device), rehearsal=True) as work,
-        tempfile.TemporaryDirectory() as folder,
-    ):
-        rehearsal.build(entry, texts, Path(folder))
-        return _tune(entry, short, Path(folder), device.choice, work, watcher)
+    with tempfile.TemporaryDirectory() as folder:
+        rehearsal.build(asked.entry, texts, Path(folder))
+        if asked.recipe.method == "dpo":
+            first = load_recipe("lora", ["lora.rank=8"])
+            start = _rehearsed(replace(asked, recipe=first, recipe_name="lora"), Path(folder), watcher)
+            asked = replace(asked, start=start)
+        return _rehearsed(asked, Path(folder), watcher)
 
 
-def _tune(entry: Model, recipe: Recipe, folder: Path, device: str, work: Draft, watcher: Watcher) -> Run:
+def _rehearsed(asked: _Work, folder: Path, watcher: Watcher) -> Run:
+    schedule = asked.recipe.schedule
+    steps = min(schedule.steps or REHEARSAL_STEPS, REHEARSAL_STEPS)
+    short = schedule.model_copy(update={"steps": steps, "epochs": None, "max_tokens": 4096})  # its tokenizer knows fewer words
+    asked = replace(asked, recipe=asked.recipe.model_copy(update={"schedule": short}))
+    with draft(KIND, asked.entry.name, asked.config, rehearsal=True) as work:
+        return _tune(asked, folder, work, watcher)
+
+
+def _tune(asked: _Work, folder: Path, work: Draft, watcher: Watcher) -> Run:
     import torch
     from transformers import AutoTokenizer
 
     hardware.use_all_cores()
+    if not asked.resume:
+        work.forget()
+    recipe = asked.recipe
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    locked = template.lock(tokenizer)
-    work.write_json(template.LOCK_FILE, locked)
-    watcher.say("making the instruction set")
-    groups = training_set(recipe, tokenizer)
-    examples = sum(len(set(g.branch)) - 1 for g in groups)
-    watcher.say(f"{len(groups)} groups of passages, {examples} questions, {sum(g.supervised for g in groups)} supervised tokens")
+    work.write_json(template.LOCK_FILE, template.lock(tokenizer))
+    watcher.say("preparing the data")
+    prepared = source.prepare(recipe, tokenizer)
+    watcher.say(f"{prepared.rows} rows in {len(prepared.steps)} steps, {prepared.supervised} supervised tokens")
     torch.manual_seed(recipe.schedule.seed)  # decides the adapter's first weights
-    model = adapter.attach(
-        load_base(folder, recipe, device), recipe.lora, entry.target_modules, quantised=recipe.method == "qlora"
-    )
-    training = Training(model, groups, recipe, tokenizer.pad_token_id, work.scratch)
+    model = _model(asked, folder)
+    probe = proof.Probe(tokenizer, prepared.held_out)
+    before = probe.before(model, work.scratch / BEFORE_FILE)
+    watcher.ready(model, tokenizer)
+    training = Training(model, prepared.steps, recipe, _objective(asked, model, prepared, tokenizer, work), work.scratch)
     if training.first_step:
-        watcher.say(f"resuming after step {training.first_step} of {recipe.schedule.steps}")
+        watcher.say(f"resuming after step {training.first_step} of {len(prepared.steps)}")
     _keep_rows(work.path / METRICS, training.first_step)
 
     def on_step(step: Step) -> None:
+        if step.step == 1 and recipe.method == "dpo":
+            check_first_loss(step.loss)
         work.append_jsonl(METRICS, as_row(step))
         watcher.step(step)
 
     training.run(on_step)
-    change = adapter.prove_effect(model, locked["golden"][-1]["token_ids"])
-    adapter.save(model, entry, work.path / adapter.ADAPTER_FOLDER)
-    adapter.to_gguf(work.path / adapter.ADAPTER_FOLDER, model.config, work.path / adapter.GGUF_FILE)
+    watcher.say("proving the result")
+    card = proof.card(before, probe.measure(model), probe.stop_rate(model), adapter.servable(recipe.method, asked.lora))
+    work.write_json(proof.CARD_FILE, card)
+    watcher.proof(card)
+    _save(asked, model, tokenizer, work)
     rows = [json.loads(line) for line in (work.path / METRICS).read_text(encoding="utf-8").splitlines()]
-    draw_loss(rows, f"{entry.name}, {recipe.method}" + (" (rehearsal)" if work.rehearsal else ""), work.path / "loss.png")
-    return work.finish(_facts(rows, change, examples) | {"data_sha256": _fingerprint(groups)})
+    draw_loss(rows, f"{asked.entry.name}, {recipe.method}" + (" (rehearsal)" if work.rehearsal else ""), work.path / "loss.png")
+    facts = _facts(rows) | {"logit_change": card["logit_change"], "data_sha256": prepared.sha256}
+    return work.finish(facts, inputs=(asked.start,) if asked.start else ())
 
 
-def training_set(recipe: Recipe, tokenizer: Any) -> list[Packed]:
-    """Return the packed groups of a recipe: as many as its steps take."""
-    config = data.load_reader(recipe.data)
-    corpus, _ = data.corpora(config)
-    s = recipe.schedule
-    made = training_groups(config, corpus, s.steps * s.groups_per_step, s.questions_per_group, s.seed)
-    return [pack(group, tokenizer, s.max_tokens) for group in made]
+def _model(asked: _Work, folder: Path) -> Any:
+    """Return the model with what is to be trained requiring gradients."""
+    recipe, checkpointing = asked.recipe, asked.recipe.schedule.checkpointing
+    base = load_base(folder, asked.device.choice, quantised=asked.quantised)
+    if asked.start:
+        return adapter.resume(
+            base, asked.start.path / adapter.ADAPTER_FOLDER, quantised=asked.quantised, checkpointing=checkpointing
+        )
+    if recipe.lora is None:
+        return adapter.ready(base, quantised=False, checkpointing=checkpointing)
+    return adapter.attach(base, recipe.lora, asked.entry.target_modules, quantised=asked.quantised,
+                          dora=recipe.method == "dora", checkpointing=checkpointing)  # fmt: skip
 
 
-def load_base(folder: Path, recipe: Recipe, device: str) -> Any:
-    """Load a causal language model: bfloat16 on "cuda", float32 on "cpu"; NF4 projections for qlora."""
+def _objective(asked: _Work, model: Any, prepared: source.Prepared, tokenizer: Any, work: Draft) -> Objective:
+    if asked.recipe.preference is None:
+        return Supervised(tokenizer.pad_token_id)
+    beta, kept = asked.recipe.preference.beta, work.path / REFERENCE_FILE
+    return Preferences(model, prepared.steps, beta, tokenizer.pad_token_id, kept)
+
+
+def _save(asked: _Work, model: Any, tokenizer: Any, work: Draft) -> None:
+    """Write what was trained: the whole model, or the adapter as PEFT files and, where llama.cpp can apply it, as GGUF."""
+    if asked.recipe.method == "full":
+        model.save_pretrained(work.path / MODEL_FOLDER)
+        tokenizer.save_pretrained(work.path / MODEL_FOLDER)
+        return
+    adapter.save(model, asked.entry, work.path / adapter.ADAPTER_FOLDER)
+    if asked.recipe.method != "dora":
+        adapter.to_gguf(work.path / adapter.ADAPTER_FOLDER, model.config, work.path / adapter.GGUF_FILE)
+
+
+def load_base(folder: Path, device: str, *, quantised: bool) -> Any:
+    """Load a causal language model: bfloat16 on "cuda", float32 on "cpu"; NF4 projections if `quantised`."""
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     kind = torch.bfloat16 if device == "cuda" else torch.float32
     settings: dict[str, Any] = {"dtype": kind, "attn_implementation": "sdpa", "use_safetensors": True}
-    if recipe.method == "qlora":
+    if quantised:
         settings["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=kind
         )
     with weights.quiet_loading():
-        return AutoModelForCausalLM.from_pretrained(folder, device_map={"": device}, **settings)
+        model = AutoModelForCausalLM.from_pretrained(folder, device_map={"": device}, **settings)
+    for module in model.modules() if quantised else ():
+        if hasattr(module, "support_avx512bf16_for_cpu"):  # it would repack the weights for good, in a form that only infers
+            module.support_avx512bf16_for_cpu = False
+    return model
 
 
 def draw_loss(rows: Sequence[dict[str, Any]], title: str, path: Path) -> None:
@@ -171,27 +288,16 @@ def draw_loss(rows: Sequence[dict[str, Any]], title: str, path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def _config(entry: Model, recipe: Recipe, recipe_name: str, device: hardware.Choice) -> dict[str, Any]:
-    return {"model": entry.model_dump(exclude={"facts"}), "data": data.resolved(data.load_reader(recipe.data)),
-            "recipe_name": recipe_name, "recipe": recipe.model_dump(), "device": device._asdict()}  # fmt: skip
-
-
-def _fingerprint(groups: Sequence[Packed]) -> str:
-    """Return the sha256 of the token ids that were trained on, in order."""
-    return hashlib.sha256(json.dumps([group.tokens for group in groups]).encode()).hexdigest()
-
-
 def _keep_rows(path: Path, steps: int) -> None:
     """Drop the rows after the checkpoint, which will be measured again."""
     rows = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
     write_text(path, "".join(rows[:steps]))
 
 
-def _facts(rows: Sequence[dict[str, Any]], change: float, examples: int) -> dict[str, Any]:
-    seconds = sum(r["tokens"] / r["tokens_per_second"] for r in rows)
+def _facts(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    seconds, trained = sum(r["seconds"] for r in rows), sum(r["rows"] for r in rows)
     return {
-        "steps": len(rows), "questions": examples, "final_loss": sum(r["loss"] for r in rows[-5:]) / len(rows[-5:]),
+        "steps": len(rows), "rows": trained, "final_loss": sum(r["loss"] for r in rows[-5:]) / len(rows[-5:]),
         "seconds": round(seconds, 1), "tokens_per_second": round(sum(r["tokens"] for r in rows) / seconds, 1),
-        "questions_per_second": round(examples / seconds, 2), "peak_memory_bytes": max(r["peak_memory_bytes"] for r in rows),
-        "logit_change": change,
+        "rows_per_second": round(trained / seconds, 2), "peak_memory_bytes": max(r["peak_memory_bytes"] for r in rows),
     }  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from pipelines.config import Config, load, named
 
@@ -28,24 +28,55 @@ class Optimiser(Config):
 
 
 class Schedule(Config):
-    """How long to train; a group is one set of passages with all its questions."""
+    """How long to train, and on how much at a time; exactly one of `steps` and `epochs` is given."""
 
-    steps: int = Field(ge=1)
-    groups_per_step: int = Field(ge=1)
-    questions_per_group: int = Field(ge=1)
-    max_tokens: int = Field(ge=64, description="longest group, in tokens; a longer one is an error, never cut")
+    steps: int | None = Field(default=None, ge=1)
+    epochs: float | None = Field(default=None, gt=0, description="passes over a file; a generated instruction set has no end")
+    rows_per_step: int = Field(ge=1, description="effective batch, in rows (for dpo: pairs)")
+    rows_per_prompt: int = Field(ge=1, description="at most so many rows share one computation of their common prompt")
+    max_tokens: int = Field(ge=64, description="longest packed sequence; a row that is longer is an error, never cut")
+    sequences_at_once: int = Field(ge=1, description="packed sequences computed together; the gradient stays the same")
+    checkpointing: bool = Field(description="compute activations twice instead of keeping them")
     checkpoint_every_steps: int = Field(ge=1)
     seed: int
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Schedule:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("give either steps or epochs")
+        return self
+
+
+class Preference(Config):
+    """Direct preference optimisation (Rafailov et al. 2023, arXiv 2305.18290)."""
+
+    beta: float = Field(gt=0, description="how strongly the policy is held to the reference")
 
 
 class Recipe(Config):
     """One recipe."""
 
-    method: Literal["lora", "qlora"]
-    data: str
-    lora: Lora
+    method: Literal["lora", "qlora", "dora", "full", "dpo"]
+    data: str = Field(description="a name in configs/data, or the path of a file of rows")
+    held_out_share: float = Field(ge=0, lt=0.5, description="of the rows of a file, kept back for the proof afterwards")
+    lora: Lora | None = None
+    preference: Preference | None = None
     optimiser: Optimiser
     schedule: Schedule
+
+    @model_validator(mode="after")
+    def _parts_fit_the_method(self) -> Recipe:
+        if (self.lora is None) != (self.method in ("full", "dpo")):
+            raise ValueError(f"method {self.method} takes {'no' if self.lora else 'a'} lora section" + (
+                ": it goes on with the adapter of a run" if self.method == "dpo" else ""))  # fmt: skip
+        if (self.preference is None) != (self.method != "dpo"):
+            raise ValueError("a preference section belongs to method dpo, and to no other")
+        return self
+
+    @property
+    def quantised(self) -> bool:
+        """Return True if the base is kept in 4 bits while it is tuned."""
+        return self.method == "qlora"
 
 
 def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:

@@ -14,7 +14,6 @@ from pipelines.evaluate.reader import generate, load_tuned
 from pipelines.rag.answer import messages
 from pipelines.runs import Run
 from pipelines.tune.data import Page
-from pipelines.tune.recipe import Recipe
 from serving import engines
 from serving.address import check_free
 from serving.engines.contract import Launch
@@ -55,7 +54,8 @@ def engine(tuned_run: Run, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 
 @pytest.fixture(scope="module")
 def reference(tuned_run: Run) -> tuple[Any, Any]:
-    return load_tuned(tuned_run, Recipe.model_validate(tuned_run.json("config.json")["recipe"]))
+    loaded = load_tuned(tuned_run)
+    return loaded.tuned, loaded.tokenizer
 
 
 def ask(engine: Supervisor, chat: list[dict[str, str]], name: str) -> dict[str, Any]:

@@ -10,12 +10,14 @@ from pipelines.config import CONFIGS, load, named, names
 from pipelines.errors import ConfigError, UnknownName
 from pipelines.rag.index import RagConfig
 from pipelines.tune.data import ReaderConfig, load_reader
+from pipelines.tune.proof import General
 from pipelines.tune.recipe import Recipe, load_recipe
 from serving.settings import ServeConfig
 
 KINDS: dict[str, Any] = {
     "models": catalogue.Model,
     "recipes": Recipe,
+    "proof": General,
     "data": ReaderConfig,
     "rag": RagConfig,
     "serve": ServeConfig,
@@ -31,7 +33,7 @@ def test_every_file_fits_its_schema(path: Path) -> None:
 
 def test_the_count_of_files_is_known() -> None:
     counts = {folder: len(names(folder)) for folder in KINDS}
-    assert counts == {"models": 26, "recipes": 3, "data": 1, "rag": 1, "serve": 1}
+    assert counts == {"models": 26, "recipes": 6, "proof": 1, "data": 1, "rag": 1, "serve": 1}
     assert sum(counts.values()) == len(FILES)
 
 
@@ -50,7 +52,7 @@ def test_all_problems_of_a_file_come_in_one_message(tmp_path: Path) -> None:
         "schedule: missing",
     ):
         assert part in message
-    assert "6 problems" in message
+    assert "7 problems" in message
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,142 @@
+"""The proof card of a run: that tuning did something, what it cost elsewhere, and who can serve the result.
+
+The same measurements are taken before the first step and after the last: loss on held-out rows, and, for what was
+forgotten, loss on a fixed general sample and on worked arithmetic (configs/proof/general.yaml). A run whose adapter changes
+no logit fails; everything else is shown.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipelines.config import Config, load, named
+from pipelines.errors import TrainingFailed
+from pipelines.tune import template
+from pipelines.tune.packing import Packed, encode, tree
+from pipelines.tune.rows import Row
+from pipelines.tune.sft import mean_loss
+
+if TYPE_CHECKING:
+    import torch
+
+CARD_FILE = "proof.json"
+MIN_LOGIT_CHANGE = 1e-3
+STOP_PROMPTS = 8
+STOP_TOKENS = 48
+MAX_PROBE_TOKENS = 4096  # of held-out rows; more would take longer than it tells
+
+
+class General(Config):
+    """The fixed sample: (question, answer) of general knowledge and of worked arithmetic."""
+
+    general: list[list[str]]
+    arithmetic: list[list[str]]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The state of a model; losses in nats per supervised token, `logits` [chats, vocabulary] after the golden chats."""
+
+    losses: dict[str, float]
+    logits: torch.Tensor
+
+
+class Probe:
+    """Measures a model on rows that it does not learn from; the same rows before and after."""
+
+    def __init__(self, tokenizer: Any, held_out: Sequence[Row]) -> None:
+        fixed = load(named("proof", "general"), General)
+        self.tokenizer, self.held_out = tokenizer, list(held_out)
+        self.sequences = {
+            "general": _packed([_row(*pair) for pair in fixed.general], tokenizer),
+            "arithmetic": _packed([_row(*pair) for pair in fixed.arithmetic], tokenizer),
+        }
+        if held_out:
+            self.sequences = {"held_out": _up_to(MAX_PROBE_TOKENS, _packed(held_out, tokenizer))} | self.sequences
+        self.golden = [golden["token_ids"] for golden in template.lock(tokenizer)["golden"]]
+
+    def measure(self, model: Any) -> Measured:
+        """Return losses and logits of the model as it is now."""
+        import torch
+
+        model.eval()
+        losses = {name: mean_loss(model, rows, self.tokenizer.pad_token_id) for name, rows in self.sequences.items()}
+        with torch.inference_mode():
+            logits = [model(input_ids=torch.tensor([ids], device=model.device), logits_to_keep=1).logits[0, -1]
+                      for ids in self.golden]  # fmt: skip
+        return Measured(losses, torch.stack(logits).float().cpu())
+
+    def before(self, model: Any, kept: Path) -> Measured:
+        """Return `measure(model)`, kept in a file so that a resumed training compares with the same beginning."""
+        import torch
+        from safetensors.torch import load_file, save_file
+
+        if not kept.is_file():
+            now = self.measure(model)
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            temporary = kept.with_name(kept.name + ".tmp")
+            values = {f"loss.{name}": torch.tensor(loss, dtype=torch.float64) for name, loss in now.losses.items()}
+            save_file(values | {"logits": now.logits}, temporary)
+            temporary.replace(kept)
+        tensors = load_file(kept)
+        logits = tensors.pop("logits")
+        return Measured({name.removeprefix("loss."): float(value) for name, value in tensors.items()}, logits)
+
+    def stop_rate(self, model: Any) -> float:
+        """Return the share of greedy replies that end by themselves within `STOP_TOKENS` tokens."""
+        import torch
+
+        rows = (self.held_out or [_row(q, a) for q, a in load(named("proof", "general"), General).general])[:STOP_PROMPTS]
+        chats = [
+            self.tokenizer.apply_chat_template(r.prompt, add_generation_prompt=True, return_dict=True)["input_ids"] for r in rows
+        ]
+        batch = self.tokenizer.pad({"input_ids": chats}, return_tensors="pt", padding_side="left").to(model.device)
+        model.eval()
+        with torch.inference_mode():
+            made = model.generate(**batch, max_new_tokens=STOP_TOKENS, do_sample=False, pad_token_id=self.tokenizer.pad_token_id,
+                                  eos_token_id=self.tokenizer.eos_token_id)  # fmt: skip
+        ended = (made[:, batch["input_ids"].shape[1] :] == self.tokenizer.eos_token_id).any(dim=1)
+        return float(ended.float().mean())
+
+
+def card(before: Measured, after: Measured, stop_rate: float, servable: dict[str, str]) -> dict[str, Any]:
+    """Return the proof card.
+
+    Args:
+        before: measured before the first step.
+        after: measured after the last.
+        stop_rate: share of replies that end by themselves.
+        servable: for each engine "yes", or the reason why not.
+
+    Raises:
+        TrainingFailed: no logit changed by more than `MIN_LOGIT_CHANGE`.
+    """
+    change = float((after.logits - before.logits).abs().max())
+    if not change >= MIN_LOGIT_CHANGE:
+        raise TrainingFailed(f"tuning changes no logit by more than {change:.1e}", f"at least {MIN_LOGIT_CHANGE}",
+                             "raise schedule.steps or optimiser.learning_rate with --set")  # fmt: skip
+    losses = {
+        f"{name}_loss": {"before": round(before.losses[name], 4), "after": round(loss, 4)} for name, loss in after.losses.items()
+    }
+    return {"logit_change": round(change, 4), "stop_rate": round(stop_rate, 3), **losses, "servable": servable}
+
+
+def _row(question: str, answer: str) -> Row:
+    return Row(({"role": "user", "content": question}, {"role": "assistant", "content": answer}))
+
+
+def _packed(rows: Sequence[Row], tokenizer: Any) -> list[Packed]:
+    return [tree([encode(row, tokenizer)]) for row in rows]
+
+
+def _up_to(tokens: int, sequences: Sequence[Packed]) -> list[Packed]:
+    taken: list[Packed] = []
+    for sequence in sequences:
+        tokens -= len(sequence.tokens)
+        if taken and tokens < 0:
+            break
+        taken.append(sequence)
+    return taken

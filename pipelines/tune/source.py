@@ -1,0 +1,206 @@
+"""From what a recipe calls its data to the steps of a training: rows -> tokens -> packed sequences -> steps.
+
+Data is a generated instruction set (a name in configs/data) or a file of rows. Of a file a part is held out, by the hash of
+its prompts, so that a repeated prompt never stands on both sides. Nothing here knows about models or optimisers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipelines.config import names, unknown
+from pipelines.errors import ConfigError, DataError, TrainingFailed
+from pipelines.tune import data
+from pipelines.tune.files import read_rows
+from pipelines.tune.groups import training_groups
+from pipelines.tune.packing import Encoded, Packed, encode, encode_pair, families, fit, tree
+from pipelines.tune.recipe import Recipe, Schedule
+from pipelines.tune.rows import Row
+
+HELD_OUT_ROWS = 48  # at most, of a file
+HELD_OUT_EXAMPLES = 12  # of the generated instruction set, whose held-out part has an evaluation of its own
+FEWEST_ROWS_TO_HOLD_OUT = 40
+
+Step = list[Packed]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a training runs on.
+
+    Attributes:
+        steps: for each optimiser step the packed sequences that it learns from.
+        held_out: rows that are never learnt, for the proof afterwards; may be empty.
+        rows: how many rows all steps together hold.
+        sha256: fingerprint of every token that is learnt from, in order.
+    """
+
+    steps: list[Step]
+    held_out: list[Row]
+    rows: int
+    sha256: str
+
+    @property
+    def supervised(self) -> int:
+        """Return the number of supervised tokens of all steps."""
+        return sum(p.supervised for step in self.steps for p in step)
+
+
+def is_file(name: str) -> bool:
+    """Return True if a recipe's `data` names a file and not a generated instruction set."""
+    return name not in names("data")
+
+
+def resolved(recipe: Recipe) -> dict[str, Any]:
+    """Return everything that decides the training data, for the configuration of a run.
+
+    Raises:
+        ConfigError: the data is neither a file nor a known instruction set.
+    """
+    if not is_file(recipe.data):
+        return data.resolved(data.load_reader(recipe.data))
+    path = _path(recipe.data)
+    with path.open("rb") as stream:
+        return {"file": path.name, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
+
+
+def prepare(recipe: Recipe, tokenizer: Any) -> Prepared:
+    """Return the steps of a recipe.
+
+    Raises:
+        DataError: a file that cannot be read as rows, or a row that is longer than max_tokens.
+        TrainingFailed: a row without a supervised token, or a template that leaves a reply without its end.
+    """
+    if recipe.method == "dpo":
+        pairs = _preference_rows(recipe)
+        kept, held_out = _hold_out(pairs, recipe.held_out_share) if is_file(recipe.data) else (pairs, [])
+        trees = [_pair_tree(row, tokenizer) for row in kept]
+        return _prepared(_steps(trees, recipe.schedule, rows_in_one=2), held_out)
+    if not is_file(recipe.data):
+        steps = _generated(recipe, tokenizer)
+        return _prepared(steps, _held_out_examples(recipe))
+    rows, held_out = _hold_out(read_rows(_path(recipe.data)), recipe.held_out_share)
+    encoded = [_learnable(encode(row, tokenizer), row) for row in rows]
+    groups = families(encoded, recipe.schedule.rows_per_prompt)
+    return _prepared(_steps([tree([encoded[i] for i in group]) for group in groups], recipe.schedule), held_out)
+
+
+def _generated(recipe: Recipe, tokenizer: Any) -> list[Step]:
+    """Draw as many groups as the steps take; each group shares its passages and is a tree of its own."""
+    s = recipe.schedule
+    if s.steps is None:
+        raise ConfigError(f"the instruction set {recipe.data} has no end, so it has no epochs", "schedule.steps",
+                          "--set schedule.epochs=null --set schedule.steps=250")  # fmt: skip
+    config = data.load_reader(recipe.data)
+    corpus, _ = data.corpora(config)
+    per_step = -(-s.rows_per_step // s.rows_per_prompt)
+    groups = training_groups(config, corpus, s.steps * per_step, min(s.rows_per_prompt, s.rows_per_step), s.seed)
+    trees = [tree([encode(e.row, tokenizer) for e in group]) for group in groups]
+    return [fit(trees[i : i + per_step], s.max_tokens) for i in range(0, len(trees), per_step)]
+
+
+def _held_out_examples(recipe: Recipe) -> list[Row]:
+    config = data.load_reader(recipe.data)
+    _, corpus = data.corpora(config)
+    return [e.row for e in data.held_out_examples(config, corpus, HELD_OUT_EXAMPLES)]
+
+
+def _steps(trees: Sequence[Packed], schedule: Schedule, rows_in_one: int = 1) -> list[Step]:
+    """Shuffle the trees anew for each epoch and cut them into steps of about `rows_per_step` rows (or pairs)."""
+    steps: list[Step] = []
+    epoch = 0
+    while not _enough(steps, epoch, schedule):
+        order = list(trees)
+        random.Random(schedule.seed + epoch).shuffle(order)
+        steps += [fit(chosen, schedule.max_tokens) for chosen in _cut(order, rows_in_one * schedule.rows_per_step)]
+        epoch += 1
+        if schedule.epochs is not None and epoch == 1:
+            wanted = max(1, round(schedule.epochs * len(steps)))
+    return steps[: schedule.steps if schedule.steps is not None else wanted]
+
+
+def _enough(steps: Sequence[Step], epochs: int, schedule: Schedule) -> bool:
+    if schedule.steps is not None:
+        return len(steps) >= schedule.steps
+    return epochs >= (schedule.epochs or 0)
+
+
+def _cut(trees: Sequence[Packed], rows_per_step: int) -> list[list[Packed]]:
+    """Fill each step up to `rows_per_step` rows; a tree is not split, and what is left over makes a smaller step."""
+    cut: list[list[Packed]] = [[]]
+    for item in trees:
+        if cut[-1] and sum(t.rows for t in cut[-1]) + item.rows > rows_per_step:
+            cut.append([])
+        cut[-1].append(item)
+    return cut
+
+
+def _preference_rows(recipe: Recipe) -> list[Row]:
+    if is_file(recipe.data):
+        return read_rows(_path(recipe.data))
+    from pipelines.tune.preference import reader_pairs
+
+    return reader_pairs(recipe)
+
+
+def _pair_tree(row: Row, tokenizer: Any) -> Packed:
+    chosen, rejected = encode_pair(row, tokenizer)
+    if chosen.tokens == rejected.tokens and chosen.labels == rejected.labels:
+        raise DataError(f"{row.origin}: chosen and rejected are the same", "two different replies", "remove the row")
+    return tree([chosen, rejected])
+
+
+def _learnable(encoded: Encoded, row: Row) -> Encoded:
+    if not encoded.supervised:
+        raise TrainingFailed(f"{row.origin}: the row has no supervised token", "an assistant turn with text",
+                             "llmlab data report FILE shows the mask of each row")  # fmt: skip
+    return encoded
+
+
+def _hold_out(rows: Sequence[Row], share: float) -> tuple[list[Row], list[Row]]:
+    """Return (rows to learn, rows held out); small files are learnt whole."""
+    if len(rows) < FEWEST_ROWS_TO_HOLD_OUT:
+        return list(rows), []
+    limit = min(HELD_OUT_ROWS, round(len(rows) * share))
+    ranked = sorted({_prompt_hash(row) for row in rows})
+    chosen: set[str] = set()
+    count = 0
+    of = _counts(rows, _prompt_hash)
+    for digest in ranked:
+        if count + of[digest] > limit:
+            break
+        chosen.add(digest)
+        count += of[digest]
+    kept = [row for row in rows if _prompt_hash(row) not in chosen]
+    return kept, [row for row in rows if _prompt_hash(row) in chosen]
+
+
+def _counts(rows: Sequence[Row], key: Callable[[Row], str]) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for row in rows:
+        counts[key(row)] = counts.get(key(row), 0) + 1
+    return counts
+
+
+def _prompt_hash(row: Row) -> str:
+    return hashlib.sha256(json.dumps(row.prompt, sort_keys=True).encode()).hexdigest()
+
+
+def _prepared(steps: list[Step], held_out: list[Row]) -> Prepared:
+    if not any(p.supervised for step in steps for p in step):
+        raise TrainingFailed("the data has no supervised token: there is nothing to learn", "answers that survive the template")
+    digest = hashlib.sha256(json.dumps([[p.tokens for p in step] for step in steps]).encode()).hexdigest()
+    return Prepared(steps, held_out, sum(p.rows for step in steps for p in step), digest)
+
+
+def _path(name: str) -> Path:
+    path = Path(name).expanduser()
+    if not path.exists():
+        raise unknown("instruction set (and no file)", name, names("data"))
+    return path

@@ -1,0 +1,213 @@
+"""The training loop: steps, gradient accumulation, checkpoints, Ctrl-C and the figures of each step.
+
+It takes a model, the steps made by pipelines.tune.source and an objective; it knows nothing about runs, the catalogue or
+where data comes from. A resumed training goes on bit for bit as if it had not been interrupted.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from pipelines.errors import TrainingFailed
+from pipelines.tune.checkpoint import Checkpoints
+from pipelines.tune.packing import Packed
+from pipelines.tune.recipe import Optimiser, Recipe
+
+if TYPE_CHECKING:
+    import torch
+
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+PAGED_MOMENTS = ("step", "state1", "state2")  # the names of bitsandbytes
+
+
+class Objective(Protocol):
+    """What is minimised: a mean over terms, taken apart so that it can be summed over parts of a step."""
+
+    def count(self, sequences: Sequence[Packed]) -> int:
+        """Return the number of terms in these sequences."""
+
+    def total(self, model: Any, sequences: Sequence[Packed]) -> torch.Tensor:
+        """Return the sum of their terms, a scalar that can be differentiated."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one optimiser step measured; `loss` is the mean of the objective (for sft: nats per supervised token)."""
+
+    step: int
+    steps: int
+    loss: float
+    gradient_norm: float
+    learning_rate: float
+    rows: int
+    tokens: int
+    supervised_tokens: int
+    seconds: float
+    tokens_per_second: float
+    eta_seconds: float
+    peak_memory_bytes: int
+
+
+OnStep = Callable[[Step], None]
+
+
+class Training:
+    """A model in training: `run` goes from the newest checkpoint to the end.
+
+    Args:
+        model: on its device; what requires a gradient is trained.
+        steps: for each optimiser step its packed sequences.
+        recipe: optimiser and schedule.
+        objective: what is minimised.
+        checkpoint: folder of the resumable state.
+
+    Raises:
+        TrainingFailed: a loss that is not finite.
+    """
+
+    def __init__(
+        self, model: Any, steps: Sequence[Sequence[Packed]], recipe: Recipe, objective: Objective, checkpoint: Path
+    ) -> None:
+
+        self.model, self.steps, self.schedule, self.objective = model, steps, recipe.schedule, objective
+        self.optimiser_recipe, self.checkpoints = recipe.optimiser, Checkpoints(checkpoint)
+        self.device = next(model.parameters()).device.type
+        self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.paged = recipe.quantised and self.device == "cuda"
+        self.optimiser = self._optimiser()
+        self.first_step = self._restore()
+
+    def run(self, on_step: OnStep) -> None:
+        """Train to the end; on Ctrl-C the step is finished and a checkpoint written before `KeyboardInterrupt` goes on."""
+        self.model.train()
+        seconds: list[float] = []
+        with _interrupts_wait() as interrupted:
+            for step in range(self.first_step, len(self.steps)):
+                on_step(self._step(step, seconds))
+                done = step + 1
+                if interrupted() or done % self.schedule.checkpoint_every_steps == 0 or done == len(self.steps):
+                    self.checkpoints.save(done, self._tensors())
+                if interrupted():
+                    raise KeyboardInterrupt
+
+    def _step(self, step: int, seconds: list[float]) -> Step:
+        import torch
+
+        began = time.perf_counter()
+        rate = learning_rate(self.optimiser_recipe, step, len(self.steps))
+        for parameters in self.optimiser.param_groups:
+            parameters["lr"] = rate
+        sequences = self.steps[step]
+        torch.manual_seed(self.schedule.seed + step)
+        loss = self._backward(sequences)
+        norm = torch.nn.utils.clip_grad_norm_(self.trained.values(), self.optimiser_recipe.max_gradient_norm)
+        if not math.isfinite(loss):
+            raise TrainingFailed(f"the loss is {loss} at step {step + 1}", "a finite loss",
+                                 f"--set optimiser.learning_rate={self.optimiser_recipe.learning_rate / 3:g}")  # fmt: skip
+        self.optimiser.step()
+        self.optimiser.zero_grad(set_to_none=True)
+        seconds.append(time.perf_counter() - began)
+        tokens = sum(len(p.tokens) for p in sequences)
+        eta = sum(seconds) / len(seconds) * (len(self.steps) - step - 1)
+        return Step(step + 1, len(self.steps), loss, float(norm), rate, sum(p.rows for p in sequences), tokens,
+                    sum(p.supervised for p in sequences), seconds[-1], tokens / seconds[-1], eta,
+                    peak_memory_bytes(self.device))  # fmt: skip
+
+    def _backward(self, sequences: Sequence[Packed]) -> float:
+        """Accumulate the gradient of the mean over all terms of the step, a few sequences at a time; return the loss."""
+        terms, loss, size = self.objective.count(sequences), 0.0, self.schedule.sequences_at_once
+        for first in range(0, len(sequences), size):
+            part = self.objective.total(self.model, sequences[first : first + size]) / terms
+            part.backward()
+            loss += float(part.detach())
+        return loss
+
+    def _optimiser(self) -> torch.optim.Optimizer:
+        """AdamW; in pages that move to main memory under pressure where the base is quantised on a GPU (arXiv 2305.14314)."""
+        import torch
+
+        settings = {"lr": self.optimiser_recipe.learning_rate, "weight_decay": self.optimiser_recipe.weight_decay}
+        if self.paged:
+            from bitsandbytes.optim import PagedAdamW
+
+            paged: torch.optim.Optimizer = PagedAdamW(self.trained.values(), **settings)
+            return paged
+        return torch.optim.AdamW(self.trained.values(), **settings)
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        import torch
+
+        tensors = {f"weights.{name}": p.detach() for name, p in self.trained.items()}
+        for name, p in self.trained.items():
+            for key, value in self.optimiser.state.get(p, {}).items():
+                tensors[f"{key}.{name}"] = torch.as_tensor(value)
+        return {name: t.contiguous().clone() for name, t in tensors.items()}
+
+    def _restore(self) -> int:
+        """Load the newest checkpoint if there is one; return the number of finished steps."""
+        import torch
+
+        done, tensors = self.checkpoints.newest()
+        with torch.no_grad():
+            for name, p in self.trained.items() if done else ():
+                p.copy_(tensors[f"weights.{name}"])
+                moments = {key: tensors[f"{key}.{name}"] for key in (PAGED_MOMENTS if self.paged else MOMENTS)}
+                self.optimiser.state[p] = {k: v if k == "step" else v.to(p.device) for k, v in moments.items()}
+                if self.paged:
+                    self.optimiser.state[p]["step"] = int(moments["step"])
+        return done
+
+
+@contextmanager
+def _interrupts_wait() -> Iterator[Callable[[], bool]]:
+    """Yield a function that tells whether Ctrl-C was pressed; a second Ctrl-C does not wait, and saves nothing."""
+    pressed: list[int] = []
+
+    def note(number: int, _: Any) -> None:
+        if pressed:
+            raise KeyboardInterrupt
+        pressed.append(number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield lambda: bool(pressed)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def learning_rate(recipe: Optimiser, step: int, steps: int) -> float:
+    """Return the rate for a step: linear warm-up, then cosine decay to zero (Loshchilov & Hutter 2017, arXiv 1608.03983)."""
+    warmup = max(1, round(steps * recipe.warmup_share))
+    if step < warmup:
+        return recipe.learning_rate * (step + 1) / warmup
+    done = (step - warmup) / max(1, steps - warmup)
+    return recipe.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def peak_memory_bytes(device: str) -> int:
+    """Return the peak memory of this process so far: of the GPU on "cuda", resident memory otherwise."""
+    import torch
+
+    if device == "cuda":
+        return int(torch.cuda.max_memory_allocated())
+    import resource
+    import sys
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def as_row(step: Step) -> dict[str, Any]:
+    """Return a step as a row for metrics.jsonl."""
+    return asdict(step)

@@ -1,0 +1,54 @@
+"""Every recipe with every model that can be run, through the whole job on the shrunk architecture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pipelines import catalogue
+from pipelines.config import names
+from pipelines.errors import ConfigError
+from pipelines.tune.finetune import Job, finetune
+from pipelines.tune.recipe import load_recipe
+from tests.conftest import Quiet
+
+MODELS = [m.name for m in catalogue.all_models() if m.runnable]
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("recipe", names("recipes"))
+def test_every_recipe_goes_through_with_every_model(
+    recipe: str, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LLMLAB_RUNS", str(tmp_path))
+    quiet = Quiet()
+    run = finetune(Job(model, recipe, ("schedule.rows_per_step=2",), rehearse=True, pull=False), quiet)
+    method = load_recipe(recipe).method
+    card = run.json("proof.json")
+    assert card == quiet.cards[-1] and card["logit_change"] > 1e-3
+    assert (run.path / "model" / "model.safetensors").is_file() == (method == "full")
+    assert (run.path / "adapter" / "adapter_model.safetensors").is_file() == (method != "full")
+    assert (run.path / "adapter.gguf").is_file() == (method in ("lora", "qlora", "dpo"))
+    assert (card["servable"]["llamacpp"] == "yes") == (run.path / "adapter.gguf").is_file()
+    assert run.rehearsal and [s.step for s in quiet.steps][-1] == 6
+
+
+@pytest.mark.parametrize(
+    ("recipe", "override", "message"),
+    [
+        ("full", "lora={rank: 4, alpha: 8, dropout: 0.0}", "takes no lora section"),
+        ("lora", "lora=null", "takes a lora section"),
+        ("dpo", "preference=null", "preference section"),
+        ("lora", "preference={beta: 0.1}", "preference section"),
+        ("lora", "schedule.epochs=1", "either steps or epochs"),
+    ],
+)
+def test_parts_that_do_not_fit_the_method_are_refused(recipe: str, override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_recipe(recipe, [override])
+
+
+def test_data_that_is_neither_set_nor_file_is_refused() -> None:
+    with pytest.raises(ConfigError, match="reader"):
+        finetune(Job(MODELS[0], "lora", ("data=readr",), rehearse=True), Quiet())
