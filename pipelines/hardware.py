@@ -118,11 +118,11 @@ def choose_engine(requested: str) -> Choice:
     return Choice("vllm", "a GPU is present and vLLM is installed")
 
 
-def use_all_cores() -> int:
-    """Set torch to one thread for each core that this process may use; return the number."""
+def use_all_cores(processes: int = 1) -> int:
+    """Set torch to one thread for each core that this process may use, or its share of them; return the number."""
     import torch
 
-    threads = probe().cpus
+    threads = max(1, probe().cpus // processes)
     torch.set_num_threads(threads)
     return threads
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.config import ROOT
-from pipelines.errors import DataError, DiskFull, RunIncomplete, UnknownName
+from pipelines.errors import DataError, DiskFull, NotWritable, RunIncomplete, UnknownName
 
 MANIFEST = "manifest.json"
 SCRATCH = "checkpoint"
@@ -120,12 +120,12 @@ def draft(kind: str, model: str, config: Mapping[str, Any], *, rehearsal: bool =
     checkpoint in it can be resumed.
 
     Raises:
-        DiskFull: a write ran out of space.
+        DiskFull, NotWritable: a write ran out of space, or is not allowed.
         DataError: another process makes the same run.
     """
     short_hash = _digest({"config": config, "rehearsal": rehearsal})[:8]
     path = runs_root() / kind / model / f".working-{short_hash}"
-    with disk_full_is_explained(path), _only_writer(path):
+    with disk_trouble_is_explained(path), _only_writer(path):
         work = Draft(path, kind, model, short_hash, rehearsal)
         work.write_json("config.json", config)
         work.write_json("environment.json", environment())
@@ -230,20 +230,22 @@ def write_text(path: Path, text: str) -> None:
 
 
 @contextmanager
-def disk_full_is_explained(path: Path) -> Iterator[None]:
-    """Turn "no space left on device" (or a quota) into a `DiskFull` that names the path."""
+def disk_trouble_is_explained(path: Path) -> Iterator[None]:
+    """Turn "no space left" (or a quota) into `DiskFull` and "read-only" or "permission denied" into `NotWritable`."""
     try:
         yield
     except Exception as error:
-        if not _is_disk_full(error):
-            raise
-        raise DiskFull(f"no space left while writing {path}", "free disk space; what was complete is unchanged",
-                       f"df -h {path.parent}, then the same command again") from error  # fmt: skip
+        if _is_about(error, errno.ENOSPC, errno.EDQUOT):
+            raise DiskFull(f"no space left while writing {path}", "free disk space; what was complete is unchanged",
+                           f"df -h {path.parent}, then the same command again") from error  # fmt: skip
+        if _is_about(error, errno.EROFS, errno.EACCES, errno.EPERM):
+            raise NotWritable(f"{path} cannot be written: {error}", "a folder that this user may write to",
+                              "LLMLAB_RUNS, LLMLAB_INDEX and LLMLAB_MODELS name other folders") from error  # fmt: skip
+        raise
 
 
-def _is_disk_full(error: Exception) -> bool:
+def _is_about(error: Exception, *numbers: int) -> bool:
     """Tell from the error number or, for safetensors, whose errors carry none, from its text."""
-    numbers = (errno.ENOSPC, errno.EDQUOT)
     if isinstance(error, OSError):
         return error.errno in numbers
     return type(error).__name__ == "SafetensorError" and any(f"os error {number}" in str(error) for number in numbers)

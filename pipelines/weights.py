@@ -18,7 +18,7 @@ from pathlib import Path
 from pipelines.catalogue import Model, Weights
 from pipelines.config import ROOT
 from pipelines.errors import DiskFull, WeightsMissing
-from pipelines.runs import disk_full_is_explained
+from pipelines.runs import disk_trouble_is_explained
 
 SAFE_FILES = ["*.safetensors", "*.json", "tokenizer.model", "*.txt", "*.jinja"]
 HUB_PROBE_SECONDS = 5.0
@@ -168,7 +168,7 @@ def _convert(gguf: Path, folder: Path) -> Path:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
-    with disk_full_is_explained(folder), _removed_on_failure(temporary):
+    with disk_trouble_is_explained(folder), _removed_on_failure(temporary):
         temporary.mkdir(parents=True, exist_ok=True)
         model = AutoModelForCausalLM.from_pretrained(
             gguf.parent, gguf_file=gguf.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
@@ -206,7 +206,7 @@ def _pull(weights: Weights, folder: Path, say: Callable[[str], None]) -> Path:
         raise DiskFull(f"{weights.hub} needs {_gb(weights)}, {free / 1e9:.1f} GB are free",
                        "room for the download", "free disk space, or set LLMLAB_MODELS to another disk")  # fmt: skip
     say(f"fetching {weights.hub} at {weights.revision[:8]}: {_gb(weights)}; Ctrl-C is safe, a second start resumes")
-    with disk_full_is_explained(folder):
+    with disk_trouble_is_explained(folder):
         try:
             snapshot_download(weights.hub, revision=weights.revision, local_dir=folder, allow_patterns=SAFE_FILES,
                               ignore_patterns=["consolidated*"])  # fmt: skip

@@ -30,7 +30,7 @@ from pipelines.errors import ConfigError, DataError, FingerprintMismatch, RunInc
 from pipelines.rag.chunk import Chunk, chunk
 from pipelines.rag.embed import Embedder
 from pipelines.rag.load import Document, Skipped, load
-from pipelines.runs import disk_full_is_explained, sync, write_text
+from pipelines.runs import disk_trouble_is_explained, sync, write_text
 
 if TYPE_CHECKING:
     import numpy as np
@@ -145,7 +145,7 @@ def build(docs: Path, name: str, config: RagConfig, embedder: Embedder, on_progr
     folder = _folder(name)
     _check_limit(config, embedder)
     documents, skipped = load(docs)
-    with disk_full_is_explained(folder), _only_builder(folder):
+    with disk_trouble_is_explained(folder), _only_builder(folder):
         _remove_unfinished(folder)
         chunks = _chunk_all(documents, config, embedder, report)
         known, old_ids = _known_vectors(name, embedder)

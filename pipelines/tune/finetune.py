@@ -19,10 +19,11 @@ from pipelines.errors import ConfigError, PlanDoesNotFit, RehearsalRefused, Rehe
 from pipelines.plan import Plan, make_plan
 from pipelines.runs import Draft, Run, draft, write_text
 from pipelines.tune import adapter, data, proof, rehearsal, source, template
+from pipelines.tune.parallel import Team, team
 from pipelines.tune.preference import REFERENCE_FILE, Preferences, check_first_loss
 from pipelines.tune.recipe import Lora, Recipe, load_recipe
 from pipelines.tune.sft import Supervised
-from pipelines.tune.training import Objective, Step, Training, as_row
+from pipelines.tune.training import ALONE, Objective, Step, Training, as_row
 
 KIND = "finetune"
 METRICS = "metrics.jsonl"
@@ -63,6 +64,7 @@ class Job:
         pull: weights may be fetched.
         start: for dpo, the run whose adapter is tuned further: its id, or "latest".
         resume: go on from a checkpoint of the same job; False begins anew.
+        processes: how many share the work of a step.
     """
 
     model: str
@@ -72,6 +74,7 @@ class Job:
     pull: bool = True
     start: str = LATEST
     resume: bool = True
+    processes: int = 1
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,7 @@ class _Work:
     start: Run | None
     device: hardware.Choice
     resume: bool
+    team: Team = ALONE
 
     @property
     def lora(self) -> Lora | None:
@@ -112,27 +116,44 @@ def finetune(job: Job, watcher: Watcher) -> Run:
         Rehearsed: the weights are not to be had or the plan does not fit; the rehearsal was done instead, and says so.
         TrainingFailed: the result must not be used.
     """
-    entry = catalogue.runnable(job.model)
-    recipe_name = job.recipe or entry.default_recipe
-    recipe = load_recipe(recipe_name, job.overrides)
-    device = hardware.choose_device()
-    watcher.say(f"device: {device.choice} ({device.reason}); recipe: {recipe_name}")
+    asked = _asked(job)
+    entry, device = asked.entry, asked.device
+    if job.processes > 1 and (job.rehearse or device.choice != "cpu" or asked.recipe.method == "dpo"):
+        what = "a rehearsal" if job.rehearse else f"{asked.recipe.method} on {device.choice}"
+        raise ConfigError(f"{job.processes} processes were asked for, for {what}", "a supervised method on a CPU",
+                          "the same command without --processes")  # fmt: skip
+    watcher.say(f"device: {device.choice} ({device.reason}); recipe: {asked.recipe_name}")
     machine = hardware.probe(weights.model_cache())
-    plan = make_plan(entry, recipe, machine, device.choice, on_disk=weights.is_here(entry))
+    plan = make_plan(entry, asked.recipe, machine, device.choice, on_disk=weights.is_here(entry))
     watcher.plan(plan)
     if job.rehearse:
-        return _rehearse(_Work(entry, recipe, recipe_name, None, device, job.resume), watcher)
+        return _rehearse(asked, watcher)
     try:
         plan.check()
         folder = weights.obtain(entry, pull=job.pull, say=watcher.say)
     except (PlanDoesNotFit, WeightsMissing) as problem:
         watcher.say(f"{problem}\nrehearsing instead: {entry.name}'s architecture, shrunk, with random weights")
-        run = _rehearse(_Work(entry, recipe, recipe_name, None, device, job.resume), watcher)
+        run = _rehearse(asked, watcher)
         raise Rehearsed(f"{entry.name} was rehearsed, not tuned (run {run.id}): {problem.came}", problem.expected,
                         f"{problem.next_command}; or make finetune MODEL=smollm2-135m") from None  # fmt: skip
-    asked = _Work(entry, recipe, recipe_name, _start(entry, recipe, job.start), device, job.resume)
-    with draft(KIND, entry.name, asked.config) as work:
-        return _tune(asked, folder, work, watcher)
+    asked = replace(asked, start=_start(entry, asked.recipe, job.start))
+    with draft(KIND, entry.name, asked.config) as work, team(job, job.processes) as together:
+        return _tune(replace(asked, team=together), folder, work, watcher)
+
+
+def assist(job: Job, together: Team) -> None:
+    """Compute a helper's share of a job whose leader is another process; `TrainingFailed` when the leader is gone."""
+    asked = replace(_asked(job), team=together)
+    loaded = _load(asked, weights.obtain(asked.entry, pull=False, say=lambda _: None))
+    objective = Supervised(loaded.tokenizer.pad_token_id)
+    with tempfile.TemporaryDirectory() as nothing:  # checkpoints are the leader's
+        Training(loaded.model, loaded.prepared.steps, asked.recipe, objective, Path(nothing), together).assist()
+
+
+def _asked(job: Job) -> _Work:
+    entry = catalogue.runnable(job.model)
+    recipe_name = job.recipe or entry.default_recipe
+    return _Work(entry, load_recipe(recipe_name, job.overrides), recipe_name, None, hardware.choose_device(), job.resume)
 
 
 def _start(entry: Model, recipe: Recipe, wanted: str) -> Run | None:
@@ -181,24 +202,19 @@ def _rehearsed(asked: _Work, folder: Path, watcher: Watcher) -> Run:
 
 
 def _tune(asked: _Work, folder: Path, work: Draft, watcher: Watcher) -> Run:
-    import torch
-    from transformers import AutoTokenizer
-
-    hardware.use_all_cores()
     if not asked.resume:
         work.forget()
     recipe = asked.recipe
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    watcher.say("preparing data and model")
+    loaded = _load(asked, folder)
+    tokenizer, prepared, model = loaded.tokenizer, loaded.prepared, loaded.model
     work.write_json(template.LOCK_FILE, template.lock(tokenizer))
-    watcher.say("preparing the data")
-    prepared = source.prepare(recipe, tokenizer)
     watcher.say(f"{prepared.rows} rows in {len(prepared.steps)} steps, {prepared.supervised} supervised tokens")
-    torch.manual_seed(recipe.schedule.seed)  # decides the adapter's first weights
-    model = _model(asked, folder)
     probe = proof.Probe(tokenizer, prepared.held_out)
     before = probe.before(model, work.scratch / BEFORE_FILE)
     watcher.ready(model, tokenizer)
-    training = Training(model, prepared.steps, recipe, _objective(asked, model, prepared, tokenizer, work), work.scratch)
+    objective = _objective(asked, model, prepared, tokenizer, work)
+    training = Training(model, prepared.steps, recipe, objective, work.scratch, asked.team)
     if training.first_step:
         watcher.say(f"resuming after step {training.first_step} of {len(prepared.steps)}")
     _keep_rows(work.path / METRICS, training.first_step)
@@ -219,6 +235,26 @@ def _tune(asked: _Work, folder: Path, work: Draft, watcher: Watcher) -> Run:
     draw_loss(rows, f"{asked.entry.name}, {recipe.method}" + (" (rehearsal)" if work.rehearsal else ""), work.path / "loss.png")
     facts = _facts(rows) | {"logit_change": card["logit_change"], "data_sha256": prepared.sha256}
     return work.finish(facts, inputs=(asked.start,) if asked.start else ())
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """What every process of a training holds."""
+
+    tokenizer: Any
+    prepared: source.Prepared
+    model: Any
+
+
+def _load(asked: _Work, folder: Path) -> _Loaded:
+    import torch
+    from transformers import AutoTokenizer
+
+    hardware.use_all_cores(asked.team.size)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    prepared = source.prepare(asked.recipe, tokenizer, asked.device.choice)
+    torch.manual_seed(asked.recipe.schedule.seed)  # decides the adapter's first weights
+    return _Loaded(tokenizer, prepared, _model(asked, folder))
 
 
 def _model(asked: _Work, folder: Path) -> Any:

@@ -138,12 +138,18 @@ def families(rows: Sequence[Encoded], most: int) -> list[list[int]]:
     return found
 
 
-def fit(trees: Iterable[Packed], max_tokens: int) -> list[Packed]:
-    """Put trees together into as few sequences of at most `max_tokens` as best fit, longest first, finds.
+def fit(trees: Iterable[Packed], max_tokens: int, join_up_to: int | None = None) -> list[Packed]:
+    """Put trees together into as few sequences as best fit, longest first, finds.
+
+    Args:
+        trees: what is put together.
+        max_tokens: the longest sequence that is allowed.
+        join_up_to: the longest sequence that several trees may make, if it is less than `max_tokens`.
 
     Raises:
-        DataError: a tree alone is longer; nothing is ever cut.
+        DataError: a tree alone is longer than `max_tokens`; nothing is ever cut.
     """
+    limit = min(max_tokens, join_up_to or max_tokens)
     bins: list[list[Packed]] = []
     room: list[int] = []
     for item in sorted(trees, key=lambda t: -len(t.tokens)):
@@ -154,7 +160,7 @@ def fit(trees: Iterable[Packed], max_tokens: int) -> list[Packed]:
         best = min((b for b in range(len(bins)) if room[b] >= size), key=lambda b: room[b], default=None)
         if best is None:
             bins.append([])
-            room.append(max_tokens)
+            room.append(max(limit, size))
             best = len(bins) - 1
         bins[best].append(item)
         room[best] -= size

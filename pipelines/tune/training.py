@@ -19,11 +19,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 from pipelines.errors import TrainingFailed
 from pipelines.tune.checkpoint import Checkpoints
 from pipelines.tune.packing import Packed
+from pipelines.tune.parallel import Team
 from pipelines.tune.recipe import Optimiser, Recipe
 
 if TYPE_CHECKING:
     import torch
 
+ALONE = Team()
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 PAGED_MOMENTS = ("step", "state1", "state2")  # the names of bitsandbytes
 
@@ -68,22 +70,22 @@ class Training:
         recipe: optimiser and schedule.
         objective: what is minimised.
         checkpoint: folder of the resumable state.
+        team: the processes that share the work of a step.
 
     Raises:
         TrainingFailed: a loss that is not finite.
     """
 
-    def __init__(
-        self, model: Any, steps: Sequence[Sequence[Packed]], recipe: Recipe, objective: Objective, checkpoint: Path
-    ) -> None:
-
+    def __init__(self, model: Any, steps: Sequence[Sequence[Packed]], recipe: Recipe, objective: Objective, checkpoint: Path,
+                 team: Team = ALONE) -> None:  # fmt: skip
         self.model, self.steps, self.schedule, self.objective = model, steps, recipe.schedule, objective
         self.optimiser_recipe, self.checkpoints = recipe.optimiser, Checkpoints(checkpoint)
         self.device = next(model.parameters()).device.type
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.paged = recipe.quantised and self.device == "cuda"
         self.optimiser = self._optimiser()
-        self.first_step = self._restore()
+        self.team = team
+        self.first_step = team.agree(self._restore())
 
     def run(self, on_step: OnStep) -> None:
         """Train to the end; on Ctrl-C the step is finished and a checkpoint written before `KeyboardInterrupt` goes on."""
@@ -98,6 +100,21 @@ class Training:
                 if interrupted():
                     raise KeyboardInterrupt
 
+    def assist(self) -> None:
+        """Compute this process's share of each step for the leader, to the end."""
+        self.model.train()
+        for step in range(self.first_step, len(self.steps)):
+            self._gradient(step)
+            self.model.zero_grad(set_to_none=True)
+
+    def _gradient(self, step: int) -> float:
+        """Leave the gradient of a step in the leader's parameters and return its loss."""
+        import torch
+
+        self.team.spread(self.trained)
+        torch.manual_seed(self.schedule.seed + step)
+        return self.team.gather(self.trained, self._backward(self.steps[step]))
+
     def _step(self, step: int, seconds: list[float]) -> Step:
         import torch
 
@@ -106,8 +123,7 @@ class Training:
         for parameters in self.optimiser.param_groups:
             parameters["lr"] = rate
         sequences = self.steps[step]
-        torch.manual_seed(self.schedule.seed + step)
-        loss = self._backward(sequences)
+        loss = self._gradient(step)
         norm = torch.nn.utils.clip_grad_norm_(self.trained.values(), self.optimiser_recipe.max_gradient_norm)
         if not math.isfinite(loss):
             raise TrainingFailed(f"the loss is {loss} at step {step + 1}", "a finite loss",
@@ -122,10 +138,11 @@ class Training:
                     peak_memory_bytes(self.device))  # fmt: skip
 
     def _backward(self, sequences: Sequence[Packed]) -> float:
-        """Accumulate the gradient of the mean over all terms of the step, a few sequences at a time; return the loss."""
+        """Accumulate this process's part of the gradient of the mean over all terms, a few sequences at a time."""
         terms, loss, size = self.objective.count(sequences), 0.0, self.schedule.sequences_at_once
-        for first in range(0, len(sequences), size):
-            part = self.objective.total(self.model, sequences[first : first + size]) / terms
+        own = self.team.share(sequences)
+        for first in range(0, len(own), size):
+            part = self.objective.total(self.model, own[first : first + size]) / terms
             part.backward()
             loss += float(part.detach())
         return loss

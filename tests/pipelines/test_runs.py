@@ -119,9 +119,9 @@ def test_safetensors_on_a_full_disk_is_explained(tmp_path: Path) -> None:
     """A real full disk: a tiny tmpfs in a mount namespace of its own; the old file stays whole."""
     script = (
         "import sys, numpy\nfrom pathlib import Path\nfrom safetensors.numpy import save_file\n"
-        "from pipelines.errors import DiskFull\nfrom pipelines.runs import disk_full_is_explained\n"
+        "from pipelines.errors import DiskFull\nfrom pipelines.runs import disk_trouble_is_explained\n"
         "path = Path(sys.argv[1])\n"
-        "try:\n    with disk_full_is_explained(path): save_file({'a': numpy.zeros(10**6)}, path / 'big.safetensors')\n"
+        "try:\n    with disk_trouble_is_explained(path): save_file({'a': numpy.zeros(10**6)}, path / 'big.safetensors')\n"
         "except DiskFull as error: print(error)\n"
     )
     inner = f'mount -t tmpfs -o size=64k none {tmp_path} && exec {sys.executable} -c "$0" {tmp_path}'
