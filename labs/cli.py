@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal
 import typer
 from typer.core import TyperGroup
 
+from labs.data import data_app
 from pipelines.errors import LabError
 from pipelines.hardware import OPENMP_ENVIRONMENT
 
@@ -40,7 +41,6 @@ app = typer.Typer(cls=LabGroup, no_args_is_help=True, add_completion=False, rich
                   help="A hands-on lab that takes a language model through its whole life.\n\n"
                        "Example: llmlab finetune smollm2-135m && llmlab eval && llmlab index && llmlab serve")  # fmt: skip
 runs_app = typer.Typer(invoke_without_command=True, help="Finished runs and their passports. Example: llmlab runs list")
-data_app = typer.Typer(no_args_is_help=True, help="Instruction sets. Example: llmlab data show reader --rows 3")
 app.add_typer(runs_app, name="runs")
 app.add_typer(data_app, name="data")
 
@@ -124,6 +124,9 @@ def finetune(
         str | None, typer.Option(help="A file of rows, or a name in configs/data; the recipe's if not given.")
     ] = None,
     epochs: Annotated[float | None, typer.Option(help="Passes over the file, in place of the recipe's steps.")] = None,
+    evaluation: Annotated[
+        str | None, typer.Option("--eval-data", help="A file of rows to hold out, in place of a share.")
+    ] = None,
     start: Annotated[str, typer.Option(help="For dpo: the run whose adapter is tuned further.")] = "latest",
     resume: Annotated[Literal["auto", "never"], typer.Option(help="Go on from the newest checkpoint of this job?")] = "auto",
     processes: Annotated[int, typer.Option(min=1, max=64, help="How many processes share each step, on a CPU.")] = 1,
@@ -143,6 +146,7 @@ def finetune(
     from pipelines.tune.finetune import finetune as tune
 
     given = [f"data={data}"] if data else []
+    given += [f"evaluation={evaluation}"] if evaluation else []
     given += [f"schedule.epochs={epochs}", "schedule.steps=null"] if epochs else []
     with TuningScreen() as screen:
         run = tune(
@@ -293,8 +297,9 @@ def runs_list() -> None:
 @runs_app.command("show")
 def runs_show(run_id: str) -> None:
     """Show one run: facts, files with their hashes, and the passport: every run it was made from."""
-    from labs.screen import table
+    from labs.screen import show_proof, table
     from pipelines import runs
+    from pipelines.tune.proof import CARD_FILE
 
     run = runs.find(run_id)
     table(
@@ -302,39 +307,14 @@ def runs_show(run_id: str) -> None:
     )
     files = run.json(runs.MANIFEST)["files"]
     table(str(run.path), ["file", "bytes", "sha256"], [(n, f["bytes"], f["sha256"][:16]) for n, f in files.items()])
+    if CARD_FILE in files:
+        show_proof(run.json(CARD_FILE))
     config = run.json("config.json")
     weights = config.get("model", {}).get("weights") or {}
     passport = [("this run", run.kind, run.id, run.fingerprint[:16])]
     passport += [("made from", i["kind"], i["id"], i["fingerprint"][:16]) for i in run.inputs]
     passport += [("base", weights["hub"], weights["revision"][:12], weights.get("package") or "")] if weights else []
     table("Passport", ["", "kind", "id", "fingerprint"], passport)
-
-
-@data_app.command("show")
-def data_show(name: Annotated[str, typer.Argument()] = "reader", rows: Annotated[int, typer.Option(min=1)] = 3) -> None:
-    """Print a few training groups as the model sees them."""
-    from labs.screen import OUT
-    from pipelines.rag.answer import messages, reply_text
-    from pipelines.tune import data
-    from pipelines.tune.groups import training_groups
-
-    config = data.load_reader(name)
-    corpus, _ = data.corpora(config)
-    for group in training_groups(config, corpus, rows, 4, seed=1):
-        OUT.print(messages("...", group[0].passages)[1]["content"].rsplit("\n", 1)[0], markup=False)
-        for e in group:
-            OUT.print(f"  {e.question}  ->  {reply_text(e.answer or '', e.citations[0] if e.citations else None)}", markup=False)
-        OUT.print("")
-
-
-@data_app.command("export")
-def data_export(file: Annotated[Path, typer.Argument(help="Ends with .jsonl, .csv or .parquet.")], name: str = "reader",
-                examples: Annotated[int, typer.Option(min=1)] = 600) -> None:  # fmt: skip
-    """Write training examples as chat messages, for other trainers. Example: llmlab data export reader.parquet."""
-    from labs.screen import say
-    from pipelines.tune.export import export
-
-    say(f"wrote {export(name, examples, file)} examples to {file}")
 
 
 def _tuned(name: str, run_id: str | None) -> Any:

@@ -83,15 +83,20 @@ class TuningScreen:
         """Nothing is measured before the first step."""
 
     def proof(self, card: dict[str, Any]) -> None:
-        """Show the proof card: what tuning changed, what it cost elsewhere, who can serve it."""
-        losses = {k: v for k, v in card.items() if k.endswith("_loss")}
-        rows = [(name.replace("_", " "), f"{v['before']:.3f}", f"{v['after']:.3f}") for name, v in losses.items()]
-        rows += [
-            ("largest change of a logit", "", f"{card['logit_change']:.2f}"),
-            ("replies that stop", "", f"{card['stop_rate']:.0%}"),
-        ]
-        rows += [(f"served by {engine}", "", answer) for engine, answer in card["servable"].items()]
-        table("Proof card (losses in nats per token)", ["what", "before", "after"], rows)
+        """Show the proof card."""
+        show_proof(card)
+
+
+def show_proof(card: dict[str, Any]) -> None:
+    """Print a proof card: what tuning changed, what it cost elsewhere, who can serve it."""
+    losses = {k: v for k, v in card.items() if k.endswith("_loss")}
+    rows = [(name.replace("_", " "), f"{v['before']:.3f}", f"{v['after']:.3f}") for name, v in losses.items()]
+    rows += [
+        ("largest change of a logit", "", f"{card['logit_change']:.2f}"),
+        ("replies that stop", "", f"{card['stop_rate']:.0%}"),
+    ]
+    rows += [(f"served by {engine}", "", answer) for engine, answer in card["servable"].items()]
+    table("Proof card (losses in nats per token)", ["what", "before", "after"], rows)
 
 
 class CountScreen:

@@ -13,6 +13,7 @@ from serving.engines.contract import Adapter, Engine, Launch
 
 LATEST, NONE = "latest", "none"
 KIND = "finetune"
+PROOF_FILE = "proof.json"
 
 
 def choose_run(model: Model, wanted: str) -> Run | None:
@@ -37,7 +38,13 @@ def choose_run(model: Model, wanted: str) -> Run | None:
 
 
 def adapter_of(run: Run, model: str) -> Adapter:
-    """Return the adapter of a run under its public name; `RunIncomplete` if a file is missing."""
+    """Return the adapter of a run under its public name; `RunIncomplete` if it has none that engines apply."""
+    card = run.json(PROOF_FILE) if (run.path / PROOF_FILE).is_file() else {"servable": {}}
+    refusals = [answer for answer in card["servable"].values() if answer != "yes"]
+    if refusals:
+        came = f"run {run.id} cannot be served beside its base: {refusals[0].removeprefix('no: ')}"
+        way_on = f"llmlab runs, then llmlab serve {model} --adapter RUN"
+        raise RunIncomplete(came, "a run of the recipe lora, qlora or dpo", way_on)
     adapter = Adapter(f"{model}-tuned", run.path / "adapter", run.path / "adapter.gguf")
     for path in (adapter.peft / "adapter_config.json", adapter.peft / "adapter_model.safetensors", adapter.gguf):
         if not path.is_file():

@@ -70,9 +70,9 @@ def resume(base: Any, folder: Path, *, quantised: bool, checkpointing: bool) -> 
 def servable(method: str, lora: Lora | None) -> dict[str, str]:
     """Return for each engine "yes", or why it cannot serve what the method makes beside its base."""
     if method == "full":
-        return dict.fromkeys(("llamacpp", "vllm"), "as a model of its own: llmlab export RUN")
+        return dict.fromkeys(("llamacpp", "vllm"), "no: it is a model of its own, and engines are given adapters")
     if method == "dora":
-        return dict.fromkeys(("llamacpp", "vllm"), "after merging, since engines know no DoRA: llmlab export RUN")
+        return dict.fromkeys(("llamacpp", "vllm"), "no: engines apply plain LoRA only")
     rank = lora.rank if lora else 0
     return {
         "llamacpp": "yes",

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from pipelines.errors import ConfigError
-from pipelines.rag.answer import messages, reply_text
 from pipelines.tune import data
 from pipelines.tune.groups import training_groups
 
@@ -33,15 +32,6 @@ def export(name: str, examples: int, file: Path) -> int:
     config = data.load_reader(name)
     corpus, _ = data.corpora(config)
     groups = training_groups(config, corpus, -(-examples // QUESTIONS_PER_GROUP), QUESTIONS_PER_GROUP, SEED)
-    rows = [{"messages": conversation(e)} for group in groups for e in group][:examples]
+    rows = [{"messages": list(e.row.messages)} for group in groups for e in group][:examples]
     getattr(Dataset.from_list(rows), writer)(str(file))
     return len(rows)
-
-
-def conversation(example: data.Example) -> list[dict[str, str]]:
-    """Return an example as system, user and assistant turns."""
-    citation = example.citations[0] if example.citations else None
-    return [
-        *messages(example.question, example.passages),
-        {"role": "assistant", "content": reply_text(example.answer or "", citation)},
-    ]

@@ -21,11 +21,13 @@ from pipelines.tune.files import read_rows
 from pipelines.tune.groups import training_groups
 from pipelines.tune.packing import Encoded, Packed, encode, encode_pair, families, fit, tree
 from pipelines.tune.recipe import Recipe, Schedule
+from pipelines.tune.report import check_overlap
 from pipelines.tune.rows import Row
 
 HELD_OUT_ROWS = 48  # at most, of a file
 HELD_OUT_EXAMPLES = 12  # of the generated instruction set, whose held-out part has an evaluation of its own
 FEWEST_ROWS_TO_HOLD_OUT = 40
+PROMPT_BEGINS = 200  # characters
 # Attention looks at every place of a sequence, also at those of other trees that the mask then hides. On a CPU matrix products
 # are at full speed from about 300 rows, so longer sequences only cost: 20 % of the time at 550 tokens, half of it at 300.
 JOIN_UP_TO_ON_CPU = 320
@@ -68,9 +70,8 @@ def resolved(recipe: Recipe) -> dict[str, Any]:
     """
     if not is_file(recipe.data):
         return data.resolved(data.load_reader(recipe.data))
-    path = _path(recipe.data)
-    with path.open("rb") as stream:
-        return {"file": path.name, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
+    files = {"file": recipe.data} | ({"evaluation": recipe.evaluation} if recipe.evaluation else {})
+    return {part: {"name": _path(name).name, "sha256": _sha256(_path(name))} for part, name in files.items()}
 
 
 def prepare(recipe: Recipe, tokenizer: Any, device: str = "cpu") -> Prepared:
@@ -83,13 +84,13 @@ def prepare(recipe: Recipe, tokenizer: Any, device: str = "cpu") -> Prepared:
     join_up_to = JOIN_UP_TO_ON_CPU if device == "cpu" else recipe.schedule.max_tokens
     if recipe.method == "dpo":
         pairs = _preference_rows(recipe)
-        kept, held_out = _hold_out(pairs, recipe.held_out_share) if is_file(recipe.data) else (pairs, [])
+        kept, held_out = _divided(recipe, pairs) if is_file(recipe.data) else (pairs, [])
         trees = [_pair_tree(row, tokenizer) for row in kept]
         return _prepared(_steps(trees, recipe.schedule, join_up_to, rows_in_one=2), held_out)
     if not is_file(recipe.data):
         steps = _generated(recipe, tokenizer, join_up_to)
         return _prepared(steps, _held_out_examples(recipe))
-    rows, held_out = _hold_out(read_rows(_path(recipe.data)), recipe.held_out_share)
+    rows, held_out = _divided(recipe, read_rows(_path(recipe.data)))
     encoded = [_learnable(encode(row, tokenizer), row) for row in rows]
     groups = families(encoded, recipe.schedule.rows_per_prompt)
     return _prepared(_steps([tree([encoded[i] for i in group]) for group in groups], recipe.schedule, join_up_to), held_out)
@@ -167,6 +168,19 @@ def _learnable(encoded: Encoded, row: Row) -> Encoded:
     return encoded
 
 
+def _divided(recipe: Recipe, rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
+    """Return (rows to learn, rows held out): those of the evaluation file, or a share of the rows.
+
+    Raises:
+        DataError: a row of the evaluation file is among those to learn, and the recipe does not allow that.
+    """
+    if recipe.evaluation is None:
+        return _hold_out(rows, recipe.held_out_share)
+    evaluation = read_rows(_path(recipe.evaluation))
+    check_overlap(rows, evaluation, allowed=recipe.allow_overlap)
+    return list(rows), evaluation
+
+
 def _hold_out(rows: Sequence[Row], share: float) -> tuple[list[Row], list[Row]]:
     """Return (rows to learn, rows held out); small files are learnt whole."""
     if len(rows) < FEWEST_ROWS_TO_HOLD_OUT:
@@ -178,7 +192,7 @@ def _hold_out(rows: Sequence[Row], share: float) -> tuple[list[Row], list[Row]]:
     of = _counts(rows, _prompt_hash)
     for digest in ranked:
         if count + of[digest] > limit:
-            break
+            continue
         chosen.add(digest)
         count += of[digest]
     kept = [row for row in rows if _prompt_hash(row) not in chosen]
@@ -193,7 +207,8 @@ def _counts(rows: Sequence[Row], key: Callable[[Row], str]) -> dict[str, int]:
 
 
 def _prompt_hash(row: Row) -> str:
-    return hashlib.sha256(json.dumps(row.prompt, sort_keys=True).encode()).hexdigest()
+    """Return the hash of how a prompt begins: questions about one text stay on one side."""
+    return hashlib.sha256(json.dumps(row.prompt, sort_keys=True)[:PROMPT_BEGINS].encode()).hexdigest()
 
 
 def _prepared(steps: list[Step], held_out: list[Row]) -> Prepared:
@@ -203,8 +218,13 @@ def _prepared(steps: list[Step], held_out: list[Row]) -> Prepared:
     return Prepared(steps, held_out, sum(p.rows for step in steps for p in step), digest)
 
 
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
 def _path(name: str) -> Path:
     path = Path(name).expanduser()
-    if not path.exists():
+    if not path.is_file():
         raise unknown("instruction set (and no file)", name, names("data"))
     return path

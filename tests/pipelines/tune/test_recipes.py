@@ -8,9 +8,10 @@ import pytest
 
 from pipelines import catalogue
 from pipelines.config import names
-from pipelines.errors import ConfigError
+from pipelines.errors import ConfigError, RunIncomplete
 from pipelines.tune.finetune import Job, finetune
 from pipelines.tune.recipe import load_recipe
+from serving.tuned import adapter_of
 from tests.conftest import Quiet
 
 MODELS = [m.name for m in catalogue.all_models() if m.runnable]
@@ -31,6 +32,11 @@ def test_every_recipe_goes_through_with_every_model(
     assert (run.path / "adapter" / "adapter_model.safetensors").is_file() == (method != "full")
     assert (run.path / "adapter.gguf").is_file() == (method in ("lora", "qlora", "dpo"))
     assert (card["servable"]["llamacpp"] == "yes") == (run.path / "adapter.gguf").is_file()
+    if method in ("full", "dora"):
+        with pytest.raises(RunIncomplete, match="cannot be served beside its base"):
+            adapter_of(run, model)
+    else:
+        assert adapter_of(run, model).gguf.is_file()
     assert run.rehearsal and [s.step for s in quiet.steps][-1] == 6
 
 

@@ -96,6 +96,22 @@ def test_equal_replies_are_no_preference(tmp_path: Path, tokenizer: Any) -> None
 
 def test_a_configuration_names_the_file_by_its_content(file: Path) -> None:
     resolved = source.resolved(recipe(file))
-    assert resolved["file"] == "rows.jsonl" and len(resolved["sha256"]) == 64
+    assert resolved["file"]["name"] == "rows.jsonl" and len(resolved["file"]["sha256"]) == 64
     with pytest.raises(ConfigError, match="readers"):
         source.resolved(load_recipe("lora", ["data=readers"]))
+
+
+def test_questions_about_one_text_stay_on_one_side(tmp_path: Path, tokenizer: Any) -> None:
+    texts_about = [f"Text {n}. " + f"The town number {n} lies on a river. " * 8 for n in range(60)]
+    file = write(tmp_path / "texts.jsonl", [(f"{text}\nQuestion {q}?", "a river") for text in texts_about for q in range(3)])
+    held_out = source.prepare(recipe(file), tokenizer).held_out
+    begun = [row.prompt[0]["content"][:10] for row in held_out]
+    assert len(held_out) == 9 and all(begun.count(b) == 3 for b in begun)
+
+
+def test_evaluation_rows_that_are_learnt_are_refused_unless_told(file: Path, tmp_path: Path, tokenizer: Any) -> None:
+    other = write(tmp_path / "other.jsonl", [("What is 3 plus 3?", "Six."), ("What is the capital of Peru?", "Lima.")])
+    with pytest.raises(DataError, match="1 of 2 evaluation rows overlap(.|\n)*other.jsonl:1"):
+        source.prepare(recipe(file, f"evaluation={other}"), tokenizer)
+    prepared = source.prepare(recipe(file, f"evaluation={other}", "allow_overlap=true"), tokenizer)
+    assert len(prepared.held_out) == 2 and prepared.rows == 200
