@@ -79,9 +79,6 @@ class TuningScreen:
             self._task = self._progress.add_task("training", total=step.steps, **fields)
         self._progress.update(self._task, completed=step.step, **fields)
 
-    def ready(self, model: Any, tokenizer: Any) -> None:
-        """Nothing is measured before the first step."""
-
     def proof(self, card: dict[str, Any]) -> None:
         """Show the proof card."""
         show_proof(card)

@@ -54,9 +54,6 @@ class Quiet:
     def step(self, step: Step) -> None:
         self.steps.append(step)
 
-    def ready(self, model: Any, tokenizer: Any) -> None:
-        pass
-
     def proof(self, card: dict[str, Any]) -> None:
         self.cards.append(card)
 

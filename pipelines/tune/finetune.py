@@ -45,9 +45,6 @@ class Watcher(Protocol):
     def step(self, step: Step) -> None:
         """Take the figures of an optimiser step."""
 
-    def ready(self, model: Any, tokenizer: Any) -> None:
-        """Take the model before its first step; it may be measured, not changed."""
-
     def proof(self, card: dict[str, Any]) -> None:
         """Take the proof card."""
 
@@ -212,7 +209,6 @@ def _tune(asked: _Work, folder: Path, work: Draft, watcher: Watcher) -> Run:
     watcher.say(f"{prepared.rows} rows in {len(prepared.steps)} steps, {prepared.supervised} supervised tokens")
     probe = proof.Probe(tokenizer, prepared.held_out)
     before = probe.before(model, work.scratch / BEFORE_FILE)
-    watcher.ready(model, tokenizer)
     objective = _objective(asked, model, prepared, tokenizer, work)
     training = Training(model, prepared.steps, recipe, objective, work.scratch, asked.team)
     if training.first_step:

@@ -69,7 +69,7 @@ def test_another_reference_is_refused() -> None:
 
 def test_pairs_of_the_reader_are_right_and_careless() -> None:
     rows = reader_pairs(load_recipe("dpo", ["schedule.steps=5"]))
-    assert len(rows) == 40
+    assert len(rows) == 20
     assert all(row.rejected and row.rejected != row.reply for row in rows)
     assert any(row.reply == ABSTENTION for row in rows) and any(row.rejected == ABSTENTION for row in rows)
 

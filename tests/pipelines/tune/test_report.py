@@ -22,8 +22,8 @@ def row(asked: str, said: str, origin: str = "") -> Row:
 
 
 def test_copies_and_near_copies_are_found(tokenizer: Any) -> None:
-    rows = [row(LONG, "Yes.", "a"), row(LONG.upper() + "!", "Yes", "b"), row(LONG + " o'clock", "Yes.", "c"), row("Short", "No.", "d"),
-            row("Another short text", "No.", "e")]  # fmt: skip
+    asked = {"a": LONG, "b": LONG.upper() + "!", "c": LONG + " o'clock", "d": "Short", "e": "Another short text"}
+    rows = [row(text, "Yes.", origin) for origin, text in asked.items()]
     found = report(rows, tokenizer, 512)
     assert found.copies == [("b", "a")]
     ((first, second, similarity),) = [n for n in found.near_copies if n[0] == "c"][:1]
