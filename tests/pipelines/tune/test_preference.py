@@ -76,8 +76,11 @@ def test_pairs_of_the_reader_are_right_and_careless() -> None:
 
 def test_preferences_are_learnt(tiny: Path, tokenizer: Any, tmp_path: Path) -> None:
     model = tiny_model(tiny, tiny_recipe())
-    pairs = [tree(encode_pair(row, tokenizer)) for row in reader_pairs(load_recipe("dpo", ["schedule.steps=1"]))]
-    steps, recipe = [pairs] * 12, load_recipe("dpo", ["optimiser.learning_rate=0.002"])
+    pairs = [
+        tree(encode_pair(row, tokenizer))
+        for row in reader_pairs(load_recipe("dpo", ["schedule.steps=1", "schedule.rows_per_step=8"]))
+    ]
+    steps, recipe = [pairs] * 20, load_recipe("dpo", ["optimiser.learning_rate=0.002"])
     objective = Preferences(model, steps, 0.1, 2, tmp_path / "reference.json")
     losses: list[float] = []
     Training(model, steps, recipe, objective, tmp_path / "checkpoint").run(lambda step: losses.append(step.loss))
