@@ -1,7 +1,7 @@
 """From what a recipe calls its data to the steps of a training: rows -> tokens -> packed sequences -> steps.
 
 Data is a generated instruction set (a name in configs/data) or a file of rows. Of a file a part is held out, by the hash of
-its prompts, so that a repeated prompt never stands on both sides. Nothing here knows about models or optimisers.
+how its prompts begin, so that questions about one text never stand on both sides. Nothing here knows about models or optimisers.
 """
 
 from __future__ import annotations
@@ -78,9 +78,13 @@ def prepare(recipe: Recipe, tokenizer: Any, device: str = "cpu") -> Prepared:
     """Return the steps of a recipe.
 
     Raises:
+        ConfigError: epochs of a generated instruction set.
         DataError: a file that cannot be read as rows, or a row that is longer than max_tokens.
         TrainingFailed: a row without a supervised token, or a template that leaves a reply without its end.
     """
+    if recipe.schedule.steps is None and not is_file(recipe.data):
+        raise ConfigError(f"the instruction set {recipe.data} has no end, so it has no epochs", "schedule.steps",
+                          "--set schedule.epochs=null --set schedule.steps=250")  # fmt: skip
     join_up_to = JOIN_UP_TO_ON_CPU if device == "cpu" else recipe.schedule.max_tokens
     if recipe.method == "dpo":
         pairs = _preference_rows(recipe)
@@ -99,9 +103,7 @@ def prepare(recipe: Recipe, tokenizer: Any, device: str = "cpu") -> Prepared:
 def _generated(recipe: Recipe, tokenizer: Any, join_up_to: int) -> list[Step]:
     """Draw as many groups as the steps take; each group shares its passages and is a tree of its own."""
     s = recipe.schedule
-    if s.steps is None:
-        raise ConfigError(f"the instruction set {recipe.data} has no end, so it has no epochs", "schedule.steps",
-                          "--set schedule.epochs=null --set schedule.steps=250")  # fmt: skip
+    assert s.steps is not None  # a generated set has no epochs
     config = data.load_reader(recipe.data)
     corpus, _ = data.corpora(config)
     per_step = -(-s.rows_per_step // s.rows_per_prompt)
