@@ -141,6 +141,7 @@ def finetune(job: Job, watcher: Watcher) -> Run:
 def assist(job: Job, together: Team) -> None:
     """Compute a helper's share of a job whose leader is another process; `TrainingFailed` when the leader is gone."""
     asked = replace(_asked(job), team=together)
+    together.meet()  # the leader has made what is made once: converted weights, embeddings
     loaded = _load(asked, weights.obtain(asked.entry, pull=False, say=lambda _: None))
     objective = Supervised(loaded.tokenizer.pad_token_id)
     with tempfile.TemporaryDirectory() as nothing:  # checkpoints are the leader's
@@ -204,6 +205,7 @@ def _tune(asked: _Work, folder: Path, work: Draft, watcher: Watcher) -> Run:
     recipe = asked.recipe
     watcher.say("preparing data and model")
     loaded = _load(asked, folder)
+    asked.team.meet()
     tokenizer, prepared, model = loaded.tokenizer, loaded.prepared, loaded.model
     work.write_json(template.LOCK_FILE, template.lock(tokenizer))
     watcher.say(f"{prepared.rows} rows in {len(prepared.steps)} steps, {prepared.supervised} supervised tokens")

@@ -55,6 +55,10 @@ class Team:
         self._collect(lambda distributed: distributed.broadcast(value, LEADER))
         return int(value)
 
+    def meet(self) -> None:
+        """Wait until every process is here."""
+        self.agree(0)
+
     def spread(self, trained: Mapping[str, torch.Tensor]) -> None:
         """Give every process the leader's weights."""
         import torch

@@ -88,7 +88,7 @@ def prepare(recipe: Recipe, tokenizer: Any, device: str = "cpu") -> Prepared:
     join_up_to = JOIN_UP_TO_ON_CPU if device == "cpu" else recipe.schedule.max_tokens
     if recipe.method == "dpo":
         pairs = _preference_rows(recipe)
-        kept, held_out = _divided(recipe, pairs) if is_file(recipe.data) else (pairs, [])
+        kept, held_out = _divided(recipe, pairs) if is_file(recipe.data) else (pairs, _held_out_examples(recipe))
         trees = [_pair_tree(row, tokenizer) for row in kept]
         return _prepared(_steps(trees, recipe.schedule, join_up_to, rows_in_one=2), held_out)
     if not is_file(recipe.data):
