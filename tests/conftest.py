@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,9 @@ from pipelines.runs import Run
 from pipelines.tune.training import Step
 
 MODEL = "smollm2-135m"
+
+# A job that a shell starts in the background ignores Ctrl-C, and so would every process that the tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 FIGURES: list[str] = []
