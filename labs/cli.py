@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal
 import typer
 from typer.core import TyperGroup
 
+from labs.bench.commands import bench_app
 from labs.data import data_app
 from pipelines.errors import LabError
 from pipelines.hardware import OPENMP_ENVIRONMENT
@@ -43,6 +44,7 @@ app = typer.Typer(cls=LabGroup, no_args_is_help=True, add_completion=False, rich
 runs_app = typer.Typer(invoke_without_command=True, help="Finished runs and their passports. Example: llmlab runs list")
 app.add_typer(runs_app, name="runs")
 app.add_typer(data_app, name="data")
+app.add_typer(bench_app, name="bench")
 
 ModelName = Annotated[str, typer.Argument(help="A name from `llmlab models`.")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="Override a field of the configuration: schedule.steps=50")]

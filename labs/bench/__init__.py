@@ -1,0 +1,1 @@
+"""Comparisons with other trainers, each measured in one run: `make bench`."""

@@ -1,0 +1,59 @@
+"""`llmlab bench`: measured comparisons. Each prints tables and, as its last line, one JSON document."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+bench_app = typer.Typer(no_args_is_help=True, help="Measured comparisons. Example: llmlab bench tune --quick")
+
+
+@bench_app.callback()
+def _bench() -> None:
+    """Keep `tune` a sub-command, also while it is the only one."""
+
+
+@bench_app.command()
+def tune(
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Under 5 minutes: short turns, few questions, no LLaMA-Factory.")
+    ] = False,
+    minutes: Annotated[float | None, typer.Option(min=0.05, help="Minutes of training for each; 7 if not given.")] = None,
+    contender: Annotated[list[str] | None, typer.Option(help="Only these; may be given several times.")] = None,
+    questions: Annotated[int | None, typer.Option(min=1, help="Test questions to ask each adapter; 64 if not given.")] = None,
+) -> None:
+    """Compare trainers on questions about paragraphs (XQuAD): speed, memory, quality for each minute, what is forgotten.
+
+    Examples: llmlab bench tune --quick; llmlab bench tune --contender ours --minutes 2
+    """
+    from labs.bench import tune as bench
+    from labs.screen import CountScreen, json_line, say
+
+    names = bench.contenders(contender or [], quick=quick)
+    length = minutes or (bench.QUICK_MINUTES if quick else bench.FULL_MINUTES)
+    asked = questions or (bench.QUICK_QUESTIONS if quick else bench.FULL_QUESTIONS)
+    say(f"{', '.join(names)}: {length:g} minutes of training each, one after the other")
+    with CountScreen() as screen:
+        document = bench.bench_tune(names, length, asked, quick=quick, progress=screen.update)
+    _show(document)
+    say(f"curves, logs and adapters are in {document['folder']}")
+    json_line({k: v for k, v in document.items() if k not in ("loss", "folder")})
+
+
+def _show(document: dict[str, Any]) -> None:
+    from labs.screen import table
+
+    speed, memory = document["examples_per_second"], document["peak_rss_bytes"]
+    supervised, total = document["supervised_tokens_per_second"], document["total_tokens_per_second"]
+    table("Trainers", ["trainer", "examples/s", "supervised tok/s", "tok/s", "peak GB", "F1", "exact match", "general loss"],
+          [(name, f"{speed[name]:.2f}", f"{supervised[name]:.1f}", f"{total[name]:.0f}", f"{memory[name] / 1e9:.2f}",
+            document["test_f1"][name], document["test_exact_match"][name], f"{document['forgetting'][name]['general']:+.2f}")
+           for name in speed])  # fmt: skip
+    points = [(name, p["minutes"], p["steps"], p["examples"], p["f1"], p["exact_match"])
+              for name, curve in document["curve"].items() for p in curve]  # fmt: skip
+    table(f"F1 over minutes (base {document['base_f1']:.3f})", ["trainer", "minutes", "steps", "examples", "F1", "exact match"],
+          points)  # fmt: skip
+    ratios = [(key, document[key]) for key in document if key.startswith("ratio_") or key == "peak_rss_ratio"]
+    gaps = [(key, f"{document[key]:.1e}") for key in ("packed_loss_gap", "packed_gradient_gap")]
+    table("Ratios and gaps", ["what", "value"], [*ratios, *gaps])
