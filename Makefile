@@ -37,8 +37,8 @@ setup-vllm: .venv-vllm/ready ## create .venv-vllm with vLLM for this machine
 doctor: .venv/base ## check this machine; says what to do about each problem
 	@$(LLMLAB) doctor
 
-finetune: .venv/base ## tune MODEL with RECIPE (DATA=file, EPOCHS=, SET="a.b=c ...", REHEARSE=1, PULL=never, RESUME=never, NPROC=2)
-	@$(LLMLAB) finetune $(MODEL) $(if $(RECIPE),--recipe $(RECIPE)) $(foreach s,$(SET),--set '$(s)') $(if $(filter 1,$(REHEARSE)),--rehearse) $(if $(PULL),--pull $(PULL)) $(if $(DATA),--data '$(DATA)') $(if $(EPOCHS),--epochs $(EPOCHS)) $(if $(RESUME),--resume $(RESUME)) $(if $(NPROC),--processes $(NPROC))
+finetune: .venv/base ## tune MODEL with RECIPE (DATA=file, EPOCHS=, SET="a.b=c ...", REHEARSE=1, PULL=never, RESUME=never, NPROC=2, METRICS_PORT=8090)
+	@$(LLMLAB) finetune $(MODEL) $(if $(RECIPE),--recipe $(RECIPE)) $(foreach s,$(SET),--set '$(s)') $(if $(filter 1,$(REHEARSE)),--rehearse) $(if $(PULL),--pull $(PULL)) $(if $(DATA),--data '$(DATA)') $(if $(EPOCHS),--epochs $(EPOCHS)) $(if $(RESUME),--resume $(RESUME)) $(if $(NPROC),--processes $(NPROC)) $(if $(METRICS_PORT),--metrics-port $(METRICS_PORT))
 
 eval: .venv/base ## measure the newest tuned MODEL against its base on held-out questions
 	@$(LLMLAB) eval $(MODEL) $(if $(RUN),--run $(RUN)) $(if $(LIMIT),--limit $(LIMIT))
@@ -55,8 +55,8 @@ ask: .venv/base ## ask the running server: make ask Q="Who developed Falcon 40B?
 runs: .venv/base ## list the finished runs
 	@$(LLMLAB) runs list
 
-monitor: .venv/base ## start Prometheus (and Grafana, where there is Docker) on the running server
-	@$(LLMLAB) monitor $(if $(PORT),--port $(PORT))
+monitor: .venv/base ## start Prometheus (and Grafana, where there is Docker) on the running server and training
+	@$(LLMLAB) monitor $(if $(PORT),--port $(PORT)) $(if $(METRICS_PORT),--metrics-port $(METRICS_PORT))
 
 dashboards: .venv/base ## write the Grafana dashboards again
 	@$(LLMLAB) dashboards

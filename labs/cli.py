@@ -135,6 +135,9 @@ def finetune(
     set_: Overrides = None,
     rehearse: Annotated[bool, typer.Option("--rehearse", help="Rehearse on a shrunk model with random weights.")] = False,
     pull: Annotated[Literal["auto", "never"], typer.Option(help="May weights be fetched?")] = "auto",
+    metrics_port: Annotated[
+        str, typer.Option(help="Where Prometheus finds the figures on 127.0.0.1: a port, auto (8090) or none.")
+    ] = "auto",
 ) -> None:
     """Tune a model and write a run.
 
@@ -143,6 +146,7 @@ def finetune(
     Examples: llmlab finetune smollm2-135m --set schedule.steps=50;
     llmlab finetune --data faq.jsonl --epochs 3; llmlab finetune --recipe dpo
     """
+    from labs.metered import Metered, port_of
     from labs.screen import TuningScreen, say
     from pipelines.tune.finetune import Job
     from pipelines.tune.finetune import finetune as tune
@@ -150,10 +154,9 @@ def finetune(
     given = [f"data={data}"] if data else []
     given += [f"evaluation={evaluation}"] if evaluation else []
     given += [f"schedule.epochs={epochs}", "schedule.steps=null"] if epochs else []
-    with TuningScreen() as screen:
-        run = tune(
-            Job(name, recipe, (*given, *(set_ or ())), rehearse, pull != "never", start, resume != "never", processes), screen
-        )
+    job = Job(name, recipe, (*given, *(set_ or ())), rehearse, pull != "never", start, resume != "never", processes)
+    with TuningScreen() as screen, Metered(screen, port_of(metrics_port)) as watcher:
+        run = tune(job, watcher)
     say(f"{'rehearsal' if run.rehearsal else 'run'} {run.id} is in {run.path}\n"
         f"loss {run.facts['final_loss']:.3f} after {run.facts['rows']} rows in {run.facts['seconds']:.0f} s; "
         + ("it cannot be served: its weights are random" if run.rehearsal else f"next: make eval MODEL={name}"))  # fmt: skip
@@ -241,14 +244,20 @@ def ask(question: str, port: Port = None, k: Annotated[int | None, typer.Option(
 
 
 @app.command()
-def monitor(port: Port = None) -> None:
-    """Start Prometheus on the running server, and Grafana where there is Docker, until Ctrl-C."""
+def monitor(
+    port: Port = None,
+    metrics_port: Annotated[int | None, typer.Option(min=1, max=65535, help="Port of a training's figures; 8090.")] = None,
+) -> None:
+    """Start Prometheus on the running server and training, and Grafana where there is Docker, until Ctrl-C."""
+    from labs.metered import PORT
     from labs.monitor import monitor as watch
     from labs.screen import say
+    from monitoring.exporter import HOST
     from serving.settings import load_serve_config
 
     config = load_serve_config()
-    watch(f"{config.host}:{port or config.port}", f"{config.host}:{config.engine_port}", say)
+    training = f"{HOST}:{PORT if metrics_port is None else metrics_port}"
+    watch(f"{config.host}:{port or config.port}", f"{config.host}:{config.engine_port}", training, say)
 
 
 @app.command()

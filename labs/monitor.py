@@ -1,4 +1,4 @@
-"""Watch the running server: Prometheus on this machine, Grafana through Compose where there is Docker. `make monitor`"""
+"""Watch the running server and training: Prometheus here, Grafana through Compose where there is Docker. `make monitor`"""
 
 from __future__ import annotations
 
@@ -22,20 +22,21 @@ GRAFANA_URL = "http://127.0.0.1:3000"
 Say = Callable[[str], None]
 
 
-def monitor(gateway: str, engine: str, say: Say) -> None:
+def monitor(gateway: str, engine: str, training: str, say: Say) -> None:
     """Run Prometheus, and Grafana if there is Docker, until Ctrl-C; both listen on loopback.
 
     Args:
         gateway: host:port of the gateway.
         engine: host:port of the engine's own metrics.
+        training: host:port at which a training answers while it runs.
         say: receives lines for the user.
 
     Raises:
         EngineError: there is no Prometheus, or it does not start.
     """
     try:
-        with stopped_by_signals(), prometheus(gateway, engine) as server:
-            say(f"Prometheus {server.url} scrapes gateway {gateway} and engine {engine}")
+        with stopped_by_signals(), prometheus(gateway, engine, training) as server:
+            say(f"Prometheus {server.url} scrapes gateway {gateway}, engine {engine} and training {training}")
             with grafana(say):
                 say("Ctrl-C stops")
                 while True:
@@ -45,10 +46,12 @@ def monitor(gateway: str, engine: str, say: Say) -> None:
 
 
 @contextmanager
-def prometheus(gateway: str, engine: str, listen: str = prometheus_server.LISTEN) -> Iterator[prometheus_server.PrometheusServer]:
+def prometheus(
+    gateway: str, engine: str, training: str, listen: str = prometheus_server.LISTEN
+) -> Iterator[prometheus_server.PrometheusServer]:
     """Run Prometheus for the length of the block; `EngineError` if it is missing or does not start."""
     try:
-        config = prometheus_server.resolve_config(STATE, gateway, engine)
+        config = prometheus_server.resolve_config(STATE, gateway, engine, training)
         with prometheus_server.PrometheusServer(config, STATE / "data", listen) as server:
             yield server
     except (prometheus_server.PrometheusMissing, prometheus_server.PrometheusFailed) as error:

@@ -66,6 +66,9 @@ class TuningScreen:
         """Show the plan, before anything is loaded."""
         table(f"Plan: {plan.model}, {plan.method}", ["what", "need"], plan.rows())
 
+    def begin(self, model: str, recipe: str, *, rehearsal: bool) -> None:
+        """Show nothing: the first lines of the job say it."""
+
     def step(self, step: Step) -> None:
         """Advance the bar; without a terminal, print a line for each tenth of the way."""
         if not ERR.is_terminal:

@@ -93,6 +93,10 @@ def _newest(metric: Gauge) -> str:
     return f"max({m.series_name(metric)})"
 
 
+def _training(metric: Gauge) -> tuple[Query, ...]:
+    return (Query(m.series_name(metric), "{{model}}, {{recipe}}"),)
+
+
 SERVICE = (
     Plot(
         "Requests per second by route",
@@ -239,7 +243,62 @@ ENGINE = (
     ),
 )
 
-SECTIONS = {"Service": SERVICE, "Generation": GENERATION, "Retrieval": RETRIEVAL, "Engine": ENGINE}
+TRAINING = (
+    Plot(
+        "Training loss",
+        "none",
+        "It falls quickly, then slowly, with noise between steps. A rise that stays means that the learning rate is too high: "
+        "Ctrl-C, then --set optimiser.learning_rate with a third of it.",
+        _training(m.TRAINING_LOSS),
+    ),
+    Plot(
+        "Gradient norm",
+        "none",
+        "Before clipping. Always above max_gradient_norm: every step is clipped, so the learning rate counts for less than it "
+        "says. Zero: nothing is learnt.",
+        _training(m.TRAINING_GRADIENT_NORM),
+    ),
+    Plot(
+        "Learning rate",
+        "none",
+        "Warm-up, then a cosine to zero. Another shape means that the run was resumed with another recipe.",
+        _training(m.TRAINING_LEARNING_RATE),
+    ),
+    Plot(
+        "Training tokens per second",
+        "suffix: tok/s",
+        "A fall at even rows means that the machine is shared or throttled, or has begun to swap: look at the memory beside it.",
+        _training(m.TRAINING_TOKENS_PER_SECOND),
+    ),
+    Plot(
+        "Training progress",
+        "percentunit",
+        "Steps done of steps planned. If it stands still, look at the training's terminal: the alert says so after ten minutes.",
+        (Query(f"{m.series_name(m.TRAINING_STEPS_DONE)} / {m.series_name(m.TRAINING_STEPS_PLANNED)}", "{{model}}, {{recipe}}"),),
+        kind="value",
+    ),
+    Plot(
+        "Training time left",
+        "s",
+        "At the mean pace so far. Too long: fewer schedule.steps, or NPROC=2 on a CPU with free cores.",
+        _training(m.TRAINING_ETA),
+        kind="value",
+    ),
+    Plot(
+        "Rows learnt per second",
+        "suffix: rows/s",
+        "Falls when rows get longer, although tokens per second stay: then there is nothing to repair.",
+        (Query(rate(m.TRAINING_ROWS, by="model, recipe"), "{{model}}, {{recipe}}"),),
+    ),
+    Plot(
+        "Training peak memory",
+        "bytes",
+        "Near the machine's memory: lower schedule.max_tokens or schedule.sequences_at_once before it is killed.",
+        _training(m.TRAINING_PEAK_MEMORY),
+    ),
+)
+
+SECTIONS = {"Service": SERVICE, "Generation": GENERATION, "Retrieval": RETRIEVAL, "Engine": ENGINE, "Training": TRAINING}
 
 
 def overview() -> dashboard.Dashboard:
@@ -247,7 +306,7 @@ def overview() -> dashboard.Dashboard:
     board = (
         dashboard.Dashboard("LLM Lab overview")
         .uid("llmlab-overview")
-        .description("Requests, generation, retrieval and the engine of one gateway.")
+        .description("Requests, generation, retrieval and the engine of one gateway, and the training that runs beside it.")
         .tags(["llmlab", "generated"])
         .readonly()
         .refresh("5s")

@@ -1,9 +1,10 @@
-"""Every metric of the lab, declared once, on one registry.
+"""Every metric of the lab, declared once, on two registries: the gateway's, and that of a training while it runs.
 
 A leaf: it imports prometheus_client and nothing of ours. It does not decide when a metric changes (the
-gateway does) and does not draw anything (`monitoring.dashboards` does). See the live values with:
+gateway and `labs.metered` do) and does not draw anything (`monitoring.dashboards` does). See the live values with:
 
-    curl -s http://127.0.0.1:8000/metrics
+    curl -s http://127.0.0.1:8000/metrics    # of the gateway
+    curl -s http://127.0.0.1:8090/metrics    # of a training
 
 Units are base units (seconds, tokens, chunks). Labels are bounded: what a client can choose goes through
 `bounded` first.
@@ -29,6 +30,7 @@ GENERATION_OUTCOMES = ("ok", "error", "cancelled", "refused")
 RAG_OUTCOMES = ("answered", "abstained", "error")
 RAG_STAGES = ("embed", "search", "prompt", "generate")
 CITATION_VALIDITY = ("yes", "no")
+TRAINING_LABELS = ("model", "recipe", "rehearsal")  # names of the catalogue and of configs/recipes; yes or no
 
 # A generation on a CPU takes minutes, a health check milliseconds: 5 ms to 5 min.
 _REQUEST_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
@@ -125,6 +127,64 @@ ENGINE_INFO = Gauge(
 )
 BUILD_INFO = Gauge("llmlab_build_info", "Always 1; the label names the version of the lab.", ("version",), registry=REGISTRY)
 
+TRAINING = CollectorRegistry()
+ProcessCollector(registry=TRAINING)
+
+TRAINING_LOSS = Gauge(
+    "llmlab_training_loss",
+    "Loss of the last optimiser step: nats per supervised token; for dpo nats per pair.",
+    TRAINING_LABELS,
+    registry=TRAINING,
+)
+TRAINING_FIRST_LOSS = Gauge(
+    "llmlab_training_first_loss",
+    "Loss of the first optimiser step since the training began or was resumed.",
+    TRAINING_LABELS,
+    registry=TRAINING,
+)
+TRAINING_LEARNING_RATE = Gauge(
+    "llmlab_training_learning_rate", "Learning rate of the last optimiser step.", TRAINING_LABELS, registry=TRAINING
+)
+TRAINING_GRADIENT_NORM = Gauge(
+    "llmlab_training_gradient_norm",
+    "Norm of the gradient of the last optimiser step, before it is clipped.",
+    TRAINING_LABELS,
+    registry=TRAINING,
+)
+TRAINING_TOKENS_PER_SECOND = Gauge(
+    "llmlab_training_tokens_per_second", "Tokens per second of the last optimiser step.", TRAINING_LABELS, registry=TRAINING
+)
+TRAINING_STEP_DURATION = Gauge(
+    "llmlab_training_step_duration_seconds", "Time that the last optimiser step took.", TRAINING_LABELS, registry=TRAINING
+)
+TRAINING_ROWS = Counter(
+    "llmlab_training_rows_total", "Rows learnt since the training began or was resumed.", TRAINING_LABELS, registry=TRAINING
+)
+TRAINING_STEPS_DONE = Gauge(
+    "llmlab_training_steps_done",
+    "Optimiser steps that are finished, those before an interruption included.",
+    TRAINING_LABELS,
+    registry=TRAINING,
+)
+TRAINING_STEPS_PLANNED = Gauge(
+    "llmlab_training_steps_planned", "Optimiser steps of the whole training.", TRAINING_LABELS, registry=TRAINING
+)
+TRAINING_ETA = Gauge(
+    "llmlab_training_eta_seconds", "Time that the steps left will take, at the mean pace.", TRAINING_LABELS, registry=TRAINING
+)
+TRAINING_PEAK_MEMORY = Gauge(
+    "llmlab_training_peak_memory_bytes",
+    "Largest memory of the training so far: of the GPU, or resident memory on a CPU.",
+    TRAINING_LABELS,
+    registry=TRAINING,
+)
+TRAINING_LAST_STEP = Gauge(
+    "llmlab_training_last_step_timestamp_seconds",
+    "Unix time at which the last optimiser step was finished.",
+    TRAINING_LABELS,
+    registry=TRAINING,
+)
+
 
 def bounded(value: str, allowed: Collection[str]) -> str:
     """Return `value` when it is allowed as a label value, else "other".
@@ -166,6 +226,16 @@ def start_series(models: Iterable[str]) -> None:
             metric.labels(model=model)
 
 
+def start_training() -> None:
+    """Forget an earlier training of this process; its last figures would pass for those of the next."""
+    for metric in (
+        TRAINING_LOSS, TRAINING_FIRST_LOSS, TRAINING_LEARNING_RATE, TRAINING_GRADIENT_NORM, TRAINING_TOKENS_PER_SECOND,
+        TRAINING_STEP_DURATION, TRAINING_ROWS, TRAINING_STEPS_DONE, TRAINING_STEPS_PLANNED, TRAINING_ETA, TRAINING_PEAK_MEMORY,
+        TRAINING_LAST_STEP,
+    ):  # fmt: skip
+        metric.clear()
+
+
 def series_name(metric: Counter | Gauge | Histogram) -> str:
     """Return the name under which Prometheus stores a metric; for a histogram the part before `_bucket`."""
     family = next(iter(metric.describe()))
@@ -174,7 +244,8 @@ def series_name(metric: Counter | Gauge | Histogram) -> str:
 
 def series_names() -> dict[str, frozenset[str]]:
     """Return the names of the series of each declared metric (`_bucket`, `_sum`, `_count`, `_total`)."""
-    families = (family for family in REGISTRY.collect() if family.name.startswith(PREFIX))
+    collected = (family for registry in (REGISTRY, TRAINING) for family in registry.collect())
+    families = (family for family in collected if family.name.startswith(PREFIX))
     return {family.name: frozenset(family.name + end for end in _ENDINGS[family.type]) for family in families}
 
 

@@ -23,7 +23,7 @@ import yaml
 
 CONFIG = Path(__file__).parent / "prometheus" / "prometheus.yml"
 LISTEN = "127.0.0.1:9090"
-GATEWAY_JOB, ENGINE_JOB = "llmlab-gateway", "llmlab-engine"
+GATEWAY_JOB, ENGINE_JOB, TRAINING_JOB = "llmlab-gateway", "llmlab-engine", "llmlab-training"
 _LOOPBACK = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
@@ -67,6 +67,7 @@ def resolve_config(
     directory: Path,
     gateway: str = "127.0.0.1:8000",
     engine: str | None = "127.0.0.1:8081",
+    training: str = "127.0.0.1:8090",
     scrape_seconds: int | None = None,
 ) -> Path:
     """Write the configuration, with these scrape targets, and its rules to `directory`; return its path.
@@ -75,10 +76,11 @@ def resolve_config(
         directory: created if need be.
         gateway: host:port of the gateway.
         engine: host:port of the engine; None for one without metrics of its own, such as a remote provider.
+        training: host:port at which a training answers while it runs.
         scrape_seconds: seconds between two scrapes and rule evaluations; None keeps those of the file.
     """
     config = yaml.safe_load(CONFIG.read_text(encoding="utf-8"))
-    targets = {GATEWAY_JOB: gateway, ENGINE_JOB: engine}
+    targets = {GATEWAY_JOB: gateway, ENGINE_JOB: engine, TRAINING_JOB: training}
     config["scrape_configs"] = [
         {**job, "static_configs": [{"targets": [targets[job["job_name"]]]}]}
         for job in config["scrape_configs"]

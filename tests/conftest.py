@@ -46,6 +46,7 @@ class Quiet:
     def __init__(self) -> None:
         self.lines: list[str] = []
         self.plans: list[Plan] = []
+        self.begun: list[tuple[str, str, bool]] = []
         self.steps: list[Step] = []
         self.cards: list[dict[str, Any]] = []
 
@@ -54,6 +55,9 @@ class Quiet:
 
     def plan(self, plan: Plan) -> None:
         self.plans.append(plan)
+
+    def begin(self, model: str, recipe: str, *, rehearsal: bool) -> None:
+        self.begun.append((model, recipe, rehearsal))
 
     def step(self, step: Step) -> None:
         self.steps.append(step)

@@ -42,6 +42,9 @@ class Watcher(Protocol):
     def plan(self, plan: Plan) -> None:
         """Take the plan, before anything is loaded."""
 
+    def begin(self, model: str, recipe: str, *, rehearsal: bool) -> None:
+        """Take what is trained, before a training; a rehearsed dpo has two."""
+
     def step(self, step: Step) -> None:
         """Take the figures of an optimiser step."""
 
@@ -203,6 +206,7 @@ def _tune(asked: _Work, folder: Path, work: Draft, watcher: Watcher) -> Run:
     if not asked.resume:
         work.forget()
     recipe = asked.recipe
+    watcher.begin(asked.entry.name, asked.recipe_name, rehearsal=work.rehearsal)
     watcher.say("preparing data and model")
     loaded = _load(asked, folder)
     asked.team.meet()

@@ -67,6 +67,10 @@ def test_all_problems_of_an_override_are_told() -> None:
     assert "lora.rank" in message and "schedule.pace: unknown key" in message
 
 
+def test_a_metrics_port_that_is_none_is_refused() -> None:
+    assert "0 to 65535, auto or none" in refused("finetune", "--metrics-port", "80000", status=2)
+
+
 def test_an_unknown_recipe_or_engine_is_refused() -> None:
     assert "lora-quick" in refused("finetune", "--recipe", "lora-quik", status=2)
     assert "llamacpp" in refused("serve", "--engine", "tensorrt", status=2)

@@ -30,6 +30,7 @@ def test_series_names_are_those_that_prometheus_reads() -> None:
 
 def test_process_metrics_are_exported() -> None:
     assert b"python_info" in generate_latest(metrics.REGISTRY)
+    assert b"process_resident_memory_bytes" in generate_latest(metrics.TRAINING)
 
 
 def test_every_declared_metric_is_plotted_or_alerted(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import socket
@@ -20,6 +21,7 @@ from prometheus_client import start_http_server
 
 from monitoring import dashboards, metrics
 from monitoring import prometheus_server as ps
+from monitoring.exporter import Exporter
 
 MONITORING = ps.CONFIG.parent.parent
 COMPOSE = MONITORING / "compose.yaml"
@@ -57,7 +59,7 @@ def test_rules_name_only_series_that_exist(selected_names: Callable[[str], set[s
 
 def test_every_alert_says_what_to_do(rules: list[dict[str, Any]]) -> None:
     alerts = [rule for rule in rules if "alert" in rule]
-    assert len(alerts) == 3
+    assert len(alerts) == 5
     for rule in alerts:
         assert rule["labels"]["severity"] in {"critical", "warning"}
         assert len(rule["annotations"]["description"]) > 40
@@ -143,10 +145,10 @@ def test_command_listens_on_loopback() -> None:
 
 
 def test_resolved_config_has_the_targets_and_the_rules(tmp_path: Path) -> None:
-    path = ps.resolve_config(tmp_path / "new", "127.0.0.1:1", "127.0.0.1:2", scrape_seconds=1)
+    path = ps.resolve_config(tmp_path / "new", "127.0.0.1:1", "127.0.0.1:2", "127.0.0.1:3", scrape_seconds=1)
     config = load(path)
     targets = {job["job_name"]: job["static_configs"][0]["targets"] for job in config["scrape_configs"]}
-    assert targets == {"llmlab-gateway": ["127.0.0.1:1"], "llmlab-engine": ["127.0.0.1:2"]}
+    assert targets == {"llmlab-gateway": ["127.0.0.1:1"], "llmlab-engine": ["127.0.0.1:2"], "llmlab-training": ["127.0.0.1:3"]}
     assert set(config["global"].values()) == {"1s"}
     assert load(path.parent / "rules.yml") == load(ps.CONFIG.parent / "rules.yml")
 
@@ -157,7 +159,7 @@ def test_resolved_config_keeps_the_defaults(tmp_path: Path) -> None:
 
 def test_an_engine_without_metrics_is_not_scraped(tmp_path: Path) -> None:
     config = load(ps.resolve_config(tmp_path, engine=None))
-    assert [job["job_name"] for job in config["scrape_configs"]] == ["llmlab-gateway"]
+    assert [job["job_name"] for job in config["scrape_configs"]] == ["llmlab-gateway", "llmlab-training"]
 
 
 # --- the child process ---------------------------------------------------------------------------
@@ -225,6 +227,15 @@ def query(url: str, expr: str) -> list[dict[str, Any]]:
     return [series for series in result if series["value"][1] != "NaN"]
 
 
+def learn_one_step() -> None:
+    labels = {"model": "smollm2-135m", "recipe": "lora", "rehearsal": "no"}
+    for gauge in (metrics.TRAINING_LOSS, metrics.TRAINING_GRADIENT_NORM, metrics.TRAINING_LEARNING_RATE, metrics.TRAINING_ETA,
+                  metrics.TRAINING_TOKENS_PER_SECOND, metrics.TRAINING_STEPS_DONE, metrics.TRAINING_PEAK_MEMORY):  # fmt: skip
+        gauge.labels(**labels).set(2)
+    metrics.TRAINING_STEPS_PLANNED.labels(**labels).set(8)
+    metrics.TRAINING_ROWS.labels(**labels).inc(8)
+
+
 def serve_one_question() -> None:
     metrics.HTTP_REQUESTS.labels(route="/v1/rag/query", method="POST", status="200").inc()
     metrics.HTTP_REQUEST_DURATION.labels(route="/v1/rag/query").observe(1.3)
@@ -248,15 +259,19 @@ def test_a_real_prometheus_answers_every_panel(exporter: str, tmp_path: Path) ->
     metrics.set_build("0.1.0")
     metrics.INDEX_CHUNKS.set(1234)
     metrics.INDEX_CREATED.set(time.time())
-    config = ps.resolve_config(tmp_path / "config", gateway=exporter, engine=None, scrape_seconds=1)
-    with ps.PrometheusServer(config, tmp_path / "data", free_address(), program) as server:
+    with contextlib.ExitStack() as running:
+        training = urllib.parse.urlsplit(running.enter_context(Exporter(metrics.TRAINING, 0)).url).netloc
+        config = ps.resolve_config(tmp_path / "config", exporter, None, training, scrape_seconds=1)
+        server = running.enter_context(ps.PrometheusServer(config, tmp_path / "data", free_address(), program))
         empty, deadline = [("all", "")], time.monotonic() + 30
         while empty and time.monotonic() < deadline:
             serve_one_question()
+            learn_one_step()
             time.sleep(0.25)
             panels = dashboards.panel_expressions("10s")
             empty = [(title, expr) for title, expr in panels if not query(server.url, expr)]
         assert empty == []
         assert query(server.url, "max(llmlab_index_chunks)")[0]["value"][1] == "1234"
         assert query(server.url, 'up{job="llmlab-gateway"}')[0]["value"][1] == "1"
+        assert query(server.url, "llmlab_training_steps_done / llmlab_training_steps_planned")[0]["value"][1] == "0.25"
     assert not ps._answers(f"{server.url}/-/ready")
