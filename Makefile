@@ -37,7 +37,7 @@ setup-vllm: .venv-vllm/ready ## create .venv-vllm with vLLM for this machine
 doctor: .venv/base ## check this machine; says what to do about each problem
 	@$(LLMLAB) doctor
 
-finetune: .venv/base ## tune MODEL with RECIPE (DATA=file, EPOCHS=, SET="a.b=c ...", REHEARSE=1, PULL=never, RESUME=never, NPROC=2, METRICS_PORT=8090)
+finetune: .venv/base ## tune MODEL with RECIPE (DATA=file or folder, EPOCHS=, SET="a.b=c ...", REHEARSE=1, PULL=never, RESUME=never, NPROC=2, METRICS_PORT=8090)
 	@$(LLMLAB) finetune $(MODEL) $(if $(RECIPE),--recipe $(RECIPE)) $(foreach s,$(SET),--set '$(s)') $(if $(filter 1,$(REHEARSE)),--rehearse) $(if $(PULL),--pull $(PULL)) $(if $(DATA),--data '$(DATA)') $(if $(EPOCHS),--epochs $(EPOCHS)) $(if $(RESUME),--resume $(RESUME)) $(if $(NPROC),--processes $(NPROC)) $(if $(METRICS_PORT),--metrics-port $(METRICS_PORT))
 
 eval: .venv/base ## measure the newest tuned MODEL against its base on held-out questions

@@ -123,7 +123,8 @@ def finetune(
     name: ModelName = "smollm2-135m",
     recipe: Annotated[str | None, typer.Option(help="A name from configs/recipes; the model's own if not given.")] = None,
     data: Annotated[
-        str | None, typer.Option(help="A file of rows, or a name in configs/data; the recipe's if not given.")
+        str | None,
+        typer.Option(help="A file of rows, a folder of documents, or a name in configs/data; the recipe's if not given."),
     ] = None,
     epochs: Annotated[float | None, typer.Option(help="Passes over the file, in place of the recipe's steps.")] = None,
     evaluation: Annotated[
@@ -144,7 +145,7 @@ def finetune(
     Ctrl-C keeps a checkpoint; the same command goes on from it.
 
     Examples: llmlab finetune smollm2-135m --set schedule.steps=50;
-    llmlab finetune --data faq.jsonl --epochs 3; llmlab finetune --recipe dpo
+    llmlab finetune --data faq.jsonl --epochs 3; llmlab finetune --data ~/notes --epochs 3; llmlab finetune --recipe dpo
     """
     from labs.metered import Metered, port_of
     from labs.screen import TuningScreen, say

@@ -47,7 +47,7 @@ def evaluate(tuned: Run, limit: int | None, on_progress: OnProgress) -> Run:
                                f"make finetune MODEL={tuned.model}")  # fmt: skip
     recipe = Recipe.model_validate(tuned.json("config.json")["recipe"])
     if is_file(recipe.data):
-        raise DataError(f"run {tuned.id} was tuned on the file {recipe.data}", "a run on an instruction set of configs/data",
+        raise DataError(f"run {tuned.id} was tuned on {recipe.data}", "a run on an instruction set of configs/data",
                         f"llmlab runs show {tuned.id}: its proof card has the loss on held-out rows")  # fmt: skip
     reader = data.load_reader(recipe.data)
     _, corpus = data.corpora(reader)

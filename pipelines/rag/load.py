@@ -99,6 +99,13 @@ def load(root: Path) -> tuple[list[Document], list[Skipped]]:
     return documents, skipped
 
 
+def document_files(root: Path) -> list[Path]:
+    """Return the files below a folder that `load` tries to read, in its order."""
+    inside = os.path.realpath(root)
+    return [path for path in _files(root) if path.suffix.lower() in _READERS and path.is_file()
+            and Path(os.path.realpath(path)).is_relative_to(inside)]  # fmt: skip
+
+
 def _files(root: Path) -> Iterator[Path]:
     for path in sorted(root.rglob("*")):
         hidden = any(part.startswith(".") for part in path.relative_to(root).parts)

@@ -1,7 +1,7 @@
 """A user's file -> rows: JSONL, JSON, CSV or Parquet, in any of five formats that people have.
 
 Every problem is told with file, line and what to do, several at once; nothing is skipped or cut in silence. Documents
-without questions are not rows.
+without questions are no rows of a file: see pipelines.tune.documents.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ def read_rows(path: Path) -> list[Row]:
         DataError: the file cannot be read, is empty, or has rows that fit no format; names line and reason.
     """
     if path.is_dir():
-        raise DataError(f"{path} is a folder", f"a file of rows: {', '.join(SUFFIXES)}", f"llmlab index {path} indexes documents")
+        raise DataError(f"{path} is a folder", f"a file of rows: {', '.join(SUFFIXES)}",
+                        f"llmlab finetune --data {path} learns its documents; llmlab index {path} finds them")  # fmt: skip
     records = list(_records(path))
     if not records:
         raise DataError(f"{path.name} holds no rows", "at least one", f"a file with one of: {'; '.join(FORMATS.values())}")

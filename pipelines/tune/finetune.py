@@ -154,7 +154,9 @@ def assist(job: Job, together: Team) -> None:
 def _asked(job: Job) -> _Work:
     entry = catalogue.runnable(job.model)
     recipe_name = job.recipe or entry.default_recipe
-    return _Work(entry, load_recipe(recipe_name, job.overrides), recipe_name, None, hardware.choose_device(), job.resume)
+    recipe = load_recipe(recipe_name, job.overrides)
+    source.check(recipe)
+    return _Work(entry, recipe, recipe_name, None, hardware.choose_device(), job.resume)
 
 
 def _start(entry: Model, recipe: Recipe, wanted: str) -> Run | None:
@@ -212,6 +214,8 @@ def _tune(asked: _Work, folder: Path, work: Draft, watcher: Watcher) -> Run:
     asked.team.meet()
     tokenizer, prepared, model = loaded.tokenizer, loaded.prepared, loaded.model
     work.write_json(template.LOCK_FILE, template.lock(tokenizer))
+    for note in prepared.notes:
+        watcher.say(note)
     watcher.say(f"{prepared.rows} rows in {len(prepared.steps)} steps, {prepared.supervised} supervised tokens")
     probe = proof.Probe(tokenizer, prepared.held_out)
     before = probe.before(model, work.scratch / BEFORE_FILE)

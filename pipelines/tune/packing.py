@@ -64,11 +64,13 @@ class Packed:
 
 
 def encode(row: Row, tokenizer: Any) -> Encoded:
-    """Return a row as tokens; every assistant turn is supervised up to its end-of-turn token.
+    """Return a row as tokens; every assistant turn is supervised up to its end-of-turn token, of plain text everything.
 
     Raises:
         TrainingFailed: the template does not lead from a prompt to its reply, or a reply has no supervised end.
     """
+    if row.text is not None:
+        return _encode_text(row.text, tokenizer, ends=row.ends)
     whole = _render(row.messages, tokenizer)
     tokens: list[int] = whole
     labels: list[int | None] = [None] * len(whole)
@@ -106,6 +108,21 @@ def encode_pair(row: Row, tokenizer: Any) -> tuple[Encoded, Encoded]:
         silent: list[int | None] = [None] * (prompt - 1)
         both.append(Encoded(encoded.tokens, silent + encoded.labels[prompt - 1 :]))
     return both[0], both[1]
+
+
+def text_tokens(text: str, tokenizer: Any) -> list[int]:
+    """Return plain text as tokens, as its model saw text before: behind a begin-of-text token if the family has one.
+
+    The names of special tokens in it are text like any other, so no document can end a turn.
+    """
+    ids = list(tokenizer(text, split_special_tokens=True, verbose=False)["input_ids"])
+    return ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids
+
+
+def _encode_text(text: str, tokenizer: Any, *, ends: bool) -> Encoded:
+    tokens = text_tokens(text, tokenizer)
+    following: list[int | None] = [*tokens[1:], *([tokenizer.eos_token_id] if ends else [])]
+    return Encoded(tokens[: len(following)], following)
 
 
 def tree(rows: Sequence[Encoded]) -> Packed:

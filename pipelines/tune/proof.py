@@ -89,7 +89,8 @@ class Probe:
         """Return the share of greedy replies that end by themselves within `STOP_TOKENS` tokens."""
         import torch
 
-        rows = (self.held_out or [_row(q, a) for q, a in load(named("proof", "general"), General).general])[:STOP_PROMPTS]
+        asked = [row for row in self.held_out if row.text is None]
+        rows = (asked or [_row(q, a) for q, a in load(named("proof", "general"), General).general])[:STOP_PROMPTS]
         chats = [
             self.tokenizer.apply_chat_template(r.prompt, add_generation_prompt=True, return_dict=True)["input_ids"] for r in rows
         ]

@@ -57,7 +57,7 @@ class Recipe(Config):
     """One recipe."""
 
     method: Literal["lora", "qlora", "dora", "full", "dpo"]
-    data: str = Field(description="a name in configs/data, or the path of a file of rows")
+    data: str = Field(description="a name in configs/data, the path of a file of rows, or of a folder of documents")
     held_out_share: float = Field(ge=0, lt=0.5, description="of the rows of a file, kept back for the proof afterwards")
     evaluation: str | None = Field(default=None, description="a file of rows that are held out in place of a share of the data")
     allow_overlap: bool = Field(default=False, description="train although rows of `evaluation` are among those to learn")

@@ -121,6 +121,8 @@ def holds_private(kind: str, text: str) -> bool:
 
 def text_of(row: Row) -> str:
     """Return all turns of a row as one text."""
+    if row.text is not None:
+        return row.text
     return "\n".join([*(turn["content"] for turn in row.messages), row.rejected or ""])
 
 
@@ -184,6 +186,8 @@ def _near_copies(rows: Sequence[Row]) -> Iterator[tuple[str, str, float]]:
 
 
 def _asked(row: Row) -> str:
+    if row.text is not None:
+        return row.text
     return "\n".join(turn["content"] for turn in row.prompt if turn["role"] == "user")
 
 

@@ -1,4 +1,4 @@
-"""What a trainer is fed: rows of chat turns, from the generated instruction set or from a user's file."""
+"""What a trainer is fed: rows of chat turns, from the generated instruction set or a user's file, or of plain text."""
 
 from __future__ import annotations
 
@@ -14,12 +14,16 @@ class Row:
     Attributes:
         messages: chat turns (`role`, `content`) that end with the assistant's; every assistant turn is learnt.
         rejected: of a preference, the reply that is worse than the last turn; None otherwise.
-        origin: where the row stands, such as "faq.jsonl:12", for messages about it.
+        origin: where the row stands, such as "faq.jsonl:12", for messages about it; of a text "guide.pdf#3", its third piece.
+        text: plain text in place of turns; every token is learnt.
+        ends: whether the text is the end of its document, which is learnt too.
     """
 
     messages: tuple[Message, ...]
     rejected: str | None = None
     origin: str = ""
+    text: str | None = None
+    ends: bool = True
 
     @property
     def prompt(self) -> list[Message]:

@@ -1,7 +1,8 @@
 """From what a recipe calls its data to the steps of a training: rows -> tokens -> packed sequences -> steps.
 
-Data is a generated instruction set (a name in configs/data) or a file of rows. Of a file a part is held out, by the hash of
-how its prompts begin, so that questions about one text never stand on both sides. Nothing here knows about models or optimisers.
+Data is a generated instruction set (a name in configs/data), a file of rows, or a folder of documents. Of a file a part is held
+out, by the hash of how its prompts begin, so that questions about one text never stand on both sides; of a folder whole
+documents. Nothing here knows about models or optimisers.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 from pipelines.config import names, unknown
 from pipelines.errors import ConfigError, DataError, TrainingFailed
 from pipelines.tune import data
+from pipelines.tune.documents import folder_sha256, read_documents
 from pipelines.tune.files import read_rows
 from pipelines.tune.groups import training_groups
 from pipelines.tune.packing import Encoded, Packed, encode, encode_pair, families, fit, tree
@@ -44,12 +46,14 @@ class Prepared:
         held_out: rows that are never learnt, for the proof afterwards; may be empty.
         rows: how many rows all steps together hold.
         sha256: fingerprint of every token that is learnt from, in order.
+        notes: what a user should know about the data, in lines.
     """
 
     steps: list[Step]
     held_out: list[Row]
     rows: int
     sha256: str
+    notes: tuple[str, ...] = ()
 
     @property
     def supervised(self) -> int:
@@ -58,7 +62,7 @@ class Prepared:
 
 
 def is_file(name: str) -> bool:
-    """Return True if a recipe's `data` names a file and not a generated instruction set."""
+    """Return True if a recipe's `data` names a file or folder and not a generated instruction set."""
     return name not in names("data")
 
 
@@ -71,7 +75,19 @@ def resolved(recipe: Recipe) -> dict[str, Any]:
     if not is_file(recipe.data):
         return data.resolved(data.load_reader(recipe.data))
     files = {"file": recipe.data} | ({"evaluation": recipe.evaluation} if recipe.evaluation else {})
-    return {part: {"name": _path(name).name, "sha256": _sha256(_path(name))} for part, name in files.items()}
+    return {part: _fingerprint(_path(name)) for part, name in files.items()}
+
+
+def check(recipe: Recipe) -> None:
+    """Refuse what can be refused before anything is loaded.
+
+    Raises:
+        ConfigError: the data is neither a file, a folder nor a known instruction set; or preferences from a folder.
+    """
+    if is_file(recipe.data) and _path(recipe.data).is_dir() and recipe.method == "dpo":
+        raise ConfigError(f"{recipe.data} is a folder of documents, and dpo learns from preferences",
+                          "a file of rows with prompt, chosen, rejected",
+                          f"llmlab finetune --recipe lora --data {recipe.data} --epochs 3")  # fmt: skip
 
 
 def prepare(recipe: Recipe, tokenizer: Any, device: str = "cpu") -> Prepared:
@@ -88,16 +104,28 @@ def prepare(recipe: Recipe, tokenizer: Any, device: str = "cpu") -> Prepared:
     join_up_to = JOIN_UP_TO_ON_CPU if device == "cpu" else recipe.schedule.max_tokens
     if recipe.method == "dpo":
         pairs = _preference_rows(recipe)
-        kept, held_out = _divided(recipe, pairs) if is_file(recipe.data) else (pairs, _held_out_examples(recipe))
+        kept, held_out = _divided(recipe, pairs, tokenizer) if is_file(recipe.data) else (pairs, _held_out_examples(recipe))
         trees = [_pair_tree(row, tokenizer) for row in kept]
         return _prepared(_steps(trees, recipe.schedule, join_up_to, rows_in_one=2), held_out)
     if not is_file(recipe.data):
         steps = _generated(recipe, tokenizer, join_up_to)
         return _prepared(steps, _held_out_examples(recipe))
-    rows, held_out = _divided(recipe, read_rows(_path(recipe.data)))
+    read, notes = _read(recipe, recipe.data, tokenizer)
+    rows, held_out = _divided(recipe, read, tokenizer)
     encoded = [_learnable(encode(row, tokenizer), row) for row in rows]
-    groups = families(encoded, recipe.schedule.rows_per_prompt)
-    return _prepared(_steps([tree([encoded[i] for i in group]) for group in groups], recipe.schedule, join_up_to), held_out)
+    texts = any(row.text is not None for row in rows)  # which have no prompt to share
+    groups = [[i] for i in range(len(rows))] if texts else families(encoded, recipe.schedule.rows_per_prompt)
+    steps = _steps([tree([encoded[i] for i in group]) for group in groups], recipe.schedule, join_up_to)
+    return _prepared(steps, held_out, notes)
+
+
+def _read(recipe: Recipe, name: str, tokenizer: Any) -> tuple[list[Row], tuple[str, ...]]:
+    """Return the rows of a file or of a folder, and what is to be said about them."""
+    path = _path(name)
+    if not path.is_dir():
+        return read_rows(path), ()
+    found = read_documents(path, tokenizer, recipe.schedule.max_tokens)
+    return found.rows, (found.note(name),)
 
 
 def _generated(recipe: Recipe, tokenizer: Any, join_up_to: int) -> list[Step]:
@@ -170,7 +198,7 @@ def _learnable(encoded: Encoded, row: Row) -> Encoded:
     return encoded
 
 
-def _divided(recipe: Recipe, rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
+def _divided(recipe: Recipe, rows: Sequence[Row], tokenizer: Any) -> tuple[list[Row], list[Row]]:
     """Return (rows to learn, rows held out): those of the evaluation file, or a share of the rows.
 
     Raises:
@@ -178,7 +206,7 @@ def _divided(recipe: Recipe, rows: Sequence[Row]) -> tuple[list[Row], list[Row]]
     """
     if recipe.evaluation is None:
         return _hold_out(rows, recipe.held_out_share)
-    evaluation = read_rows(_path(recipe.evaluation))
+    evaluation, _ = _read(recipe, recipe.evaluation, tokenizer)
     check_overlap(rows, evaluation, allowed=recipe.allow_overlap)
     return list(rows), evaluation
 
@@ -209,24 +237,28 @@ def _counts(rows: Sequence[Row], key: Callable[[Row], str]) -> dict[str, int]:
 
 
 def _prompt_hash(row: Row) -> str:
-    """Return the hash of how a prompt begins: questions about one text stay on one side."""
+    """Return the hash of how a prompt begins: questions about one text stay on one side, and pieces of one document."""
+    if row.text is not None:
+        return hashlib.sha256(row.origin.rpartition("#")[0].encode()).hexdigest()
     return hashlib.sha256(json.dumps(row.prompt, sort_keys=True)[:PROMPT_BEGINS].encode()).hexdigest()
 
 
-def _prepared(steps: list[Step], held_out: list[Row]) -> Prepared:
+def _prepared(steps: list[Step], held_out: list[Row], notes: tuple[str, ...] = ()) -> Prepared:
     if not any(p.supervised for step in steps for p in step):
         raise TrainingFailed("the data has no supervised token: there is nothing to learn", "answers that survive the template")
     digest = hashlib.sha256(json.dumps([[p.tokens for p in step] for step in steps]).encode()).hexdigest()
-    return Prepared(steps, held_out, sum(p.rows for step in steps for p in step), digest)
+    return Prepared(steps, held_out, sum(p.rows for step in steps for p in step), digest, notes)
 
 
-def _sha256(path: Path) -> str:
+def _fingerprint(path: Path) -> dict[str, str]:
+    if path.is_dir():
+        return {"name": path.resolve().name, "sha256": folder_sha256(path)}
     with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+        return {"name": path.name, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
 
 
 def _path(name: str) -> Path:
     path = Path(name).expanduser()
-    if not path.is_file():
-        raise unknown("instruction set (and no file)", name, names("data"))
+    if not path.is_file() and not path.is_dir():
+        raise unknown("instruction set (and no file or folder)", name, names("data"))
     return path
