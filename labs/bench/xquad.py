@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,12 +48,10 @@ class Question:
 
 @dataclass(frozen=True)
 class Scores:
-    """Means over the questions, 0..1, as SQuAD defines them; `replies` in the order of the questions."""
+    """Means over the questions, 0..1, as SQuAD defines them."""
 
     f1: float
     exact_match: float
-    seconds: float
-    replies: tuple[str, ...] = ()
 
 
 def data_folder() -> Path:
@@ -108,18 +105,21 @@ def score(model: Any, tokenizer: Any, questions: Sequence[Question]) -> Scores:
     """
     import torch
 
-    began = time.perf_counter()
     was_training = model.training
     model.eval()
     with torch.inference_mode():
         replies = replies_to(model, tokenizer, [q.prompt for q in questions])
     model.train(was_training)
+    return scored(questions, replies)
+
+
+def scored(questions: Sequence[Question], replies: Sequence[str]) -> Scores:
+    """Return the scores of some replies, in the order of the questions; of the accepted answers the best one counts."""
     pairs = list(zip(questions, replies, strict=True))
     return Scores(
         f1=_mean([max(token_f1(reply, answer) for answer in q.answers) for q, reply in pairs]),
         exact_match=_mean([float(any(normalise(reply) == normalise(answer) for answer in q.answers)) for q, reply in pairs]),
-        seconds=time.perf_counter() - began, replies=tuple(replies),
-    )  # fmt: skip
+    )
 
 
 def replies_to(model: Any, tokenizer: Any, chats: Sequence[Sequence[Message]]) -> list[str]:
