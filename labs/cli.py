@@ -94,17 +94,12 @@ def show(name: ModelName) -> None:
 
 @app.command()
 def plan(name: ModelName, recipe: Annotated[str | None, typer.Argument()] = None, set_: Overrides = None) -> None:
-    """Show what tuning a model needs, against this machine. Example: llmlab plan mistral-7b qlora."""
+    """Show what tuning a model needs, against this machine; no weights are loaded. Example: llmlab plan mistral-7b qlora."""
     from labs.screen import say, table
-    from pipelines import catalogue, hardware, weights
-    from pipelines.plan import make_plan
-    from pipelines.tune.recipe import load_recipe
+    from pipelines.tune.finetune import Job, plan_of
 
-    entry = catalogue.runnable(name)
-    chosen = load_recipe(recipe or entry.default_recipe, set_ or ())
-    device = hardware.choose_device()
-    made = make_plan(entry, chosen, hardware.probe(weights.model_cache()), device.choice, on_disk=weights.is_here(entry))
-    table(f"Plan: {name}, {chosen.method}", ["what", "need"], made.rows())
+    made = plan_of(Job(name, recipe, set_ or ()))
+    table(f"Plan: {name}, {made.method}", ["what", "need"], made.rows())
     made.check()
     say("it fits")
 
@@ -124,7 +119,9 @@ def finetune(
     recipe: Annotated[str | None, typer.Option(help="A name from configs/recipes; the model's own if not given.")] = None,
     data: Annotated[
         str | None,
-        typer.Option(help="A file of rows, a folder of documents, or a name in configs/data; the recipe's if not given."),
+        typer.Option(
+            help="A file of rows, a folder of documents, hub:OWNER/NAME, or a name in configs/data; the recipe's if not given."
+        ),
     ] = None,
     epochs: Annotated[float | None, typer.Option(help="Passes over the file, in place of the recipe's steps.")] = None,
     evaluation: Annotated[
@@ -151,7 +148,10 @@ def finetune(
     from labs.screen import TuningScreen, say
     from pipelines.tune.finetune import Job
     from pipelines.tune.finetune import finetune as tune
+    from pipelines.tune.hub import PREFIX, fetch
 
+    if data and data.startswith(PREFIX):
+        data = str(fetch(data, say))
     given = [f"data={data}"] if data else []
     given += [f"evaluation={evaluation}"] if evaluation else []
     given += [f"schedule.epochs={epochs}", "schedule.steps=null"] if epochs else []
@@ -189,6 +189,33 @@ def show_scores(scores: dict[str, dict[str, float]]) -> None:
 
 
 @app.command()
+def export(
+    name: ModelName = "smollm2-135m",
+    run: Annotated[str | None, typer.Option(help="Id of a finetune run; the newest if not given.")] = None,
+    quantisation: Annotated[
+        str, typer.Option(help="Of the GGUF file: f16, q8_0, q6_k, q5_k, q5_1, q5_0, q4_k, q4_1, q4_0; none makes no GGUF.")
+    ] = "q8_0",
+) -> None:
+    """Make a tuned model a model of its own: merged, as GGUF, quantised, with a Modelfile for Ollama.
+
+    Each step is compared with the one before; the last line is JSON.
+
+    Examples: llmlab export; llmlab export smollm2-135m --quantisation q4_1; ollama create mine -f RUN/Modelfile
+    """
+    from labs.screen import CountScreen, json_line, say, table
+    from pipelines.export.job import DIVERGENCE_FILE, STEPS
+    from pipelines.export.job import export as make
+
+    with CountScreen() as screen:
+        made = make(_tuned(name, run), quantisation, screen.update)
+    rows = [(step, f"{d['mean']:.2e}", f"{d['worst']:.2e}", f"{d['same_first_choice']:.0%}")
+            for step in STEPS if (d := made.json(DIVERGENCE_FILE).get(step))]  # fmt: skip
+    table("Divergence from the step before (KL in nats)", ["step", "mean", "worst", "same first choice"], rows)
+    say(f"{'rehearsal' if made.rehearsal else 'run'} {made.id} is in {made.path}")
+    json_line(made.facts | {"run": made.id})
+
+
+@app.command()
 def index(
     docs: Annotated[
         Path | None, typer.Argument(help="A folder of Markdown, text, HTML or PDF; labs/knowledge if not given.")
@@ -218,7 +245,7 @@ def index(
 @app.command()
 def serve(
     name: ModelName = "smollm2-135m",
-    adapter: Annotated[str, typer.Option(help="latest, none, or the id of a finetune run.")] = "latest",
+    adapter: Annotated[str, typer.Option(help="latest, none, or the id of a finetune or export run.")] = "latest",
     engine: Annotated[str | None, typer.Option(help="auto, llamacpp or vllm.")] = None,
     port: Port = None,
     set_: Overrides = None,
@@ -309,8 +336,9 @@ def runs_list() -> None:
 @runs_app.command("show")
 def runs_show(run_id: str) -> None:
     """Show one run: facts, files with their hashes, and the passport: every run it was made from."""
-    from labs.screen import show_proof, table
+    from labs.screen import show_outcome, show_proof, table
     from pipelines import runs
+    from pipelines.tune.finetune import PLAN_FILE
     from pipelines.tune.proof import CARD_FILE
 
     run = runs.find(run_id)
@@ -321,6 +349,8 @@ def runs_show(run_id: str) -> None:
     table(str(run.path), ["file", "bytes", "sha256"], [(n, f["bytes"], f["sha256"][:16]) for n, f in files.items()])
     if CARD_FILE in files:
         show_proof(run.json(CARD_FILE))
+    if PLAN_FILE in files:
+        show_outcome(run.json(PLAN_FILE))
     config = run.json("config.json")
     weights = config.get("model", {}).get("weights") or {}
     passport = [("this run", run.kind, run.id, run.fingerprint[:16])]

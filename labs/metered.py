@@ -94,6 +94,10 @@ class Metered:
         """Hand the proof card on."""
         self._watcher.proof(card)
 
+    def outcome(self, planned: dict[str, Any]) -> None:
+        """Hand on what was planned and measured."""
+        self._watcher.outcome(planned)
+
     def _open(self) -> Exporter | None:
         """Return a server on the port that was asked for, or on a free one; None if neither can be had or was asked for."""
         if self._port is None:

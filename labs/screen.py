@@ -86,6 +86,19 @@ class TuningScreen:
         """Show the proof card."""
         show_proof(card)
 
+    def outcome(self, planned: dict[str, Any]) -> None:
+        """Show what was planned beside what was measured."""
+        show_outcome(planned)
+
+
+def show_outcome(planned: dict[str, Any]) -> None:
+    """Print what a tuning was planned to take beside what it took."""
+    rows = []
+    for name, key, unit in (("peak memory of a process, GB", "memory_bytes", 1e9), ("training, minutes", "seconds", 60)):
+        expected, measured = planned[key]["planned"] / unit, planned[key]["measured"] / unit
+        rows.append((name, f"{expected:.2f}", f"{measured:.2f}", f"{measured / expected:.2f}"))
+    table("Planned and measured", ["what", "planned", "measured", "ratio"], rows)
+
 
 def show_proof(card: dict[str, Any]) -> None:
     """Print a proof card: what tuning changed, what it cost elsewhere, who can serve it."""

@@ -74,12 +74,22 @@ class PlanDoesNotFit(LabError):
     exit_status = 3
 
 
+class OutOfMemory(LabError):
+    """Memory ran out, and there was nothing left that would take less."""
+
+    exit_status = 3
+
+
 class RehearsalRefused(LabError):
     """A rehearsed run was handed to a step that acts on real weights."""
 
 
 class TrainingFailed(LabError):
     """Training ended with a model that must not be used: no supervised token, no effect, or a loss that is not finite."""
+
+
+class ExportFailed(LabError):
+    """A tuned model could not be merged, converted or quantised into one that answers as it did."""
 
 
 class Rehearsed(LabError):

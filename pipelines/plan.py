@@ -1,23 +1,46 @@
 """What a tuning job will need, told before anything is loaded: memory, disk and time against this machine.
 
-The parameters are counted on the real architecture, built without memory on torch's meta device. The time is arithmetic
-divided by a speed measured on the spot, so it is an order of magnitude, not a promise.
+The model is built on torch's meta device, which takes no memory, and one step is traced on it: every tensor that autograd
+would keep for the backward pass is counted. With the weights at hand the step is the largest of the real data; otherwise it
+is the largest that the recipe allows. The constants for a CPU were fitted to resident memory measured on this code; a slow
+test compares plan and measurement for eight combinations. The time is arithmetic divided by a speed measured on the spot, so
+it is an order of magnitude, not a promise.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from pipelines.catalogue import Model
 from pipelines.errors import PlanDoesNotFit
 from pipelines.hardware import Machine
-from pipelines.tune.recipe import Recipe
+from pipelines.tune.packing import Packed
+from pipelines.tune.recipe import Lora, Recipe
+
+if TYPE_CHECKING:
+    import torch
 
 NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)  # a 4-bit code, an 8-bit scale for 64 of them, a float for 256 scales
-ADAPTER_STATE_BYTES = 16  # float32 weight, gradient and two AdamW moments
-RUNTIME_BYTES = 1_000_000_000  # interpreter, torch and the libraries
+RUNTIME_BYTES = 540_000_000  # interpreter, torch and the libraries, as resident memory
+WORKSPACE_BYTES = 290_000_000  # what a CPU's kernels and the allocator hold once training has begun
+ACTIVATION_FACTOR = 1.2  # of what autograd keeps: temporaries of the backward pass, and pages that are freed but not given back
+LOGIT_COPIES = 3  # logits, their softmax and their gradient
+LABEL_SHARE = 0.2  # of the places, where the data is not at hand
+MATMUL_SHARE = 0.6  # of the time of a step on a CPU is matrix products at full speed
 MATMUL_SIZE = 1024
+SHRINKING = (("schedule.sequences_at_once=1", {"sequences_at_once": 1}), ("schedule.checkpointing=true", {"checkpointing": True}))
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What is computed at once: `sequences` of `tokens` places each, with `labels` in all of them together."""
+
+    sequences: int
+    tokens: int
+    labels: int
 
 
 @dataclass(frozen=True)
@@ -29,91 +52,214 @@ class Plan:
     device: str
     parameters: int
     quantised_parameters: int
-    adapter_parameters: int
+    trained_parameters: int
+    batch: Batch
     weight_bytes: int
     adapter_bytes: int
+    gradient_bytes: int
+    optimiser_bytes: int
     activation_bytes: int
+    checkpoint_bytes: int
+    fixed_bytes: int
+    processes: int
+    kv_bytes_per_token: int
     available_memory_bytes: int
     download_bytes: int
+    run_bytes: int
     free_disk_bytes: int
     seconds: float
     license_gate: str
+    way_out: str
 
     @property
     def memory_bytes(self) -> int:
-        """Return the peak memory that is expected."""
-        return RUNTIME_BYTES + self.weight_bytes + self.adapter_bytes + self.activation_bytes
+        """Return the peak memory of a process: in a step, or while a checkpoint is written, when no gradient is held."""
+        held = self.fixed_bytes + self.weight_bytes + self.adapter_bytes + self.optimiser_bytes
+        return held + max(self.gradient_bytes + self.activation_bytes, self.checkpoint_bytes)
+
+    @property
+    def all_memory_bytes(self) -> int:
+        """Return the peak memory of all processes."""
+        return self.processes * self.memory_bytes
+
+    @property
+    def disk_bytes(self) -> int:
+        """Return what is written: weights that have to be fetched, two checkpoints and the result."""
+        return self.download_bytes + self.run_bytes
 
     def check(self) -> None:
         """Raise `PlanDoesNotFit` with every resource that is short."""
         short = []
-        if self.memory_bytes > self.available_memory_bytes:
-            short.append(f"memory: needs {_gb(self.memory_bytes)}, {_gb(self.available_memory_bytes)} available on {self.device}")
-        if self.download_bytes > self.free_disk_bytes:
-            short.append(f"disk: needs {_gb(self.download_bytes)}, {_gb(self.free_disk_bytes)} free")
+        if self.all_memory_bytes > self.available_memory_bytes:
+            there = f"{_gb(self.available_memory_bytes)} available on {self.device}"
+            short.append(f"memory: needs {_gb(self.all_memory_bytes)}, {there}")
+        if self.disk_bytes > self.free_disk_bytes:
+            short.append(f"disk: needs {_gb(self.disk_bytes)}, {_gb(self.free_disk_bytes)} free")
         if short:
-            raise PlanDoesNotFit(
-                f"{self.model} does not fit: " + "; ".join(short),
-                "a machine with more",
-                f"a shorter --set schedule.max_tokens, or llmlab finetune {self.model} --rehearse",
-            )
+            raise PlanDoesNotFit(f"{self.model} does not fit: " + "; ".join(short), "a machine with more", self.way_out)
 
     def rows(self) -> list[tuple[str, str]]:
         """Return the plan as (what, value) for a table."""
         how = "NF4, double quantisation" if self.quantised_parameters else "not quantised"
+        b = self.batch
+        each = f" in {self.processes} processes" if self.processes > 1 else ""
+        at_once = (f"{b.sequences} x " if b.sequences > 1 else "") + f"{b.tokens} tokens, {b.labels} labels"
         return [
-            ("parameters", f"{self.parameters / 1e9:.3f} B"),
+            ("parameters", f"{self.parameters / 1e9:.3f} B, {self.trained_parameters / 1e6:.1f} M of them trained"),
             ("weights", f"{_gb(self.weight_bytes)} ({how})"),
-            ("adapter, gradients, AdamW", f"{_gb(self.adapter_bytes)} ({self.adapter_parameters / 1e6:.1f} M parameters)"),
-            ("activations", f"{_gb(self.activation_bytes)} at most"),
-            ("memory", f"{_gb(self.memory_bytes)} of {_gb(self.available_memory_bytes)} available on {self.device}"),
-            ("disk", f"{_gb(self.download_bytes)} to fetch, {_gb(self.free_disk_bytes)} free"),
+            ("adapter", _gb(self.adapter_bytes)),
+            ("gradients", _gb(self.gradient_bytes)),
+            ("optimiser", f"{_gb(self.optimiser_bytes)} (AdamW)"),
+            ("activations", f"{_gb(self.activation_bytes)} (largest step: {at_once})"),
+            ("checkpoint", f"{_gb(self.checkpoint_bytes)} while it is written"),
+            ("runtime", _gb(self.fixed_bytes)),
+            ("memory", f"{_gb(self.all_memory_bytes)}{each} of {_gb(self.available_memory_bytes)} available on {self.device}"),
+            ("KV cache, to serve", f"{1000 * self.kv_bytes_per_token / 1e6:.0f} MB for 1000 tokens"),
+            ("disk", f"{_gb(self.download_bytes)} to fetch, {_gb(self.run_bytes)} to write, {_gb(self.free_disk_bytes)} free"),
             ("time", f"about {_duration(self.seconds)} on this {self.device}"),
             ("licence gate", self.license_gate),
         ]
 
 
-def make_plan(entry: Model, recipe: Recipe, machine: Machine, device: str, *, on_disk: bool) -> Plan:
-    """Return the plan for tuning `entry`, a runnable model, with `recipe` on `device` ("cpu" or "cuda")."""
+def make_plan(entry: Model, recipe: Recipe, machine: Machine, device: str, *, on_disk: bool, quantised: bool,
+              lora: Lora | None, processes: int = 1, steps: Sequence[Sequence[Packed]] | None = None) -> Plan:  # fmt: skip
+    """Return the plan for tuning a model.
+
+    Args:
+        entry: a runnable model.
+        recipe: how it is tuned.
+        machine: what there is.
+        device: "cpu" or "cuda".
+        on_disk: nothing has to be fetched.
+        quantised: the base is in NF4; for dpo as in the run that it goes on with.
+        lora: the shape of the adapter, for dpo of the one that it goes on with; None if there is none or it is not known yet.
+        processes: how many hold all of it.
+        steps: what is learnt, if the tokenizer is at hand; None takes the most that the recipe allows.
+    """
     assert entry.dimensions and entry.weights  # runnable
-    total, linear, adapter = count_parameters(entry, recipe.lora.rank if recipe.lora else 16)
-    quantised = linear if recipe.method == "qlora" else 0
-    full = 2 if device == "cuda" else 4
-    d, tokens = entry.dimensions, recipe.schedule.max_tokens
-    per_token = d.layers * (8 * d.hidden + 4 * d.intermediate) + 3 * d.vocabulary * 0.2  # a fifth of the places has a label
-    trained_tokens = (
-        (recipe.schedule.steps or 100) * recipe.schedule.rows_per_step / recipe.schedule.rows_per_prompt * tokens * 0.5
-    )
+    s = recipe.schedule
+    model = meta_model(entry, recipe, lora)
+    total, in_nf4, trained = _count(model, quantised=quantised)
+    batch = largest(steps, s.sequences_at_once) if steps else Batch(s.sequences_at_once, s.max_tokens, round(
+        LABEL_SHARE * s.sequences_at_once * s.max_tokens))  # fmt: skip
+    size = 2 if device == "cuda" else 4
+    base = total if recipe.method == "full" else total - trained
+    own = 0 if recipe.method == "full" else trained
+    d = entry.dimensions
+    tokens = sum(len(p.tokens) for step in steps for p in step) if steps else _expected_tokens(recipe)
+    passes = 6 if recipe.method == "full" else 4
+    speed = measured_flops(device) * (MATMUL_SHARE if device == "cpu" else 1)
     return Plan(
-        model=entry.name, method=recipe.method, device=device, parameters=total, quantised_parameters=quantised,
-        adapter_parameters=adapter, weight_bytes=int(quantised * NF4_BITS / 8 + (total - quantised) * full),
-        adapter_bytes=adapter * ADAPTER_STATE_BYTES, activation_bytes=int(per_token * tokens * full),
+        model=entry.name, method=recipe.method, device=device, parameters=base, quantised_parameters=in_nf4,
+        trained_parameters=trained, batch=batch, weight_bytes=int(in_nf4 * NF4_BITS / 8 + (base - in_nf4) * size),
+        adapter_bytes=4 * own, gradient_bytes=4 * trained, optimiser_bytes=8 * trained,
+        activation_bytes=activation_bytes(model, batch, size), checkpoint_bytes=12 * trained,
+        fixed_bytes=RUNTIME_BYTES + WORKSPACE_BYTES if device == "cpu" else 0, processes=processes,
+        kv_bytes_per_token=2 * 2 * d.layers * d.kv_heads * (d.hidden // d.heads),
         available_memory_bytes=_free_gpu_memory() if device == "cuda" else machine.free_memory_bytes,
-        download_bytes=0 if on_disk else entry.weights.download_bytes, free_disk_bytes=machine.free_disk_bytes,
-        seconds=4 * total * trained_tokens / measured_flops(device), license_gate=entry.weights.license_gate,
+        download_bytes=0 if on_disk else entry.weights.download_bytes, run_bytes=(2 * 12 + 2 * 4) * trained,
+        free_disk_bytes=machine.free_disk_bytes, seconds=passes * base * tokens / speed, license_gate=entry.weights.license_gate,
+        way_out=_way_out(entry.name, recipe),
     )  # fmt: skip
+
+
+def against(plan: Plan, peak_memory_bytes: int, seconds: float) -> dict[str, Any]:
+    """Return what was planned for a process beside what was measured, for the run and for the screen."""
+    return {
+        "plan": [list(row) for row in plan.rows()],
+        "memory_bytes": {"planned": plan.memory_bytes, "measured": peak_memory_bytes},
+        "seconds": {"planned": round(plan.seconds, 1), "measured": seconds},
+    }
+
+
+def largest(steps: Sequence[Sequence[Packed]], at_once: int) -> Batch:
+    """Return the batch of a training that takes most memory, padding included."""
+    batches = [step[i : i + at_once] for step in steps for i in range(0, len(step), at_once)]
+    found = [Batch(len(b), max(len(p.tokens) for p in b), sum(p.supervised for p in b)) for b in batches]
+    return max(found, key=lambda b: b.sequences * b.tokens)
+
+
+def activation_bytes(model: Any, batch: Batch, size: int) -> int:
+    """Return the memory of a forward and backward pass beyond weights and gradients.
+
+    Args:
+        model: on the meta device.
+        batch: what goes through it.
+        size: bytes of an element.
+    """
+    import torch
+
+    from pipelines.tune.sft import label_loss
+
+    places = torch.zeros(batch.sequences, batch.tokens, dtype=torch.long, device="meta")
+    labels = torch.zeros(batch.labels, dtype=torch.long, device="meta")
+    mask = torch.ones(batch.sequences, 1, batch.tokens, batch.tokens, dtype=torch.bool, device="meta")
+    inputs = {"input_ids": places, "position_ids": places, "attention_mask": mask, "label_places": labels, "labels": labels}
+    kept: dict[int, int] = {}
+    weights = {p.untyped_storage()._cdata for p in model.parameters()}
+    alive = []  # a storage that is gone would lend its address to the next
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        scores = tensor.shape[-2:] == (batch.tokens, batch.tokens) and tensor.is_floating_point()  # fused attention keeps none
+        if storage._cdata not in weights and not scores:
+            kept[storage._cdata] = storage.nbytes()
+            alive.append(tensor)
+        return tensor
+
+    model.train()
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        loss = label_loss(model, inputs)
+    assert loss.is_meta
+    logits: int = LOGIT_COPIES * batch.labels * model.get_output_embeddings().weight.shape[0] * 4
+    return int(ACTIVATION_FACTOR * sum(kept.values()) * size / 4 + logits)
+
+
+def meta_model(entry: Model, recipe: Recipe, lora: Lora | None = None) -> Any:
+    """Return the real architecture with the recipe's adapter, on the meta device, in float32."""
+    import torch
+    import transformers
+
+    from pipelines.tune import adapter
+    from pipelines.tune.rehearsal import architecture_config
+
+    assert entry.dimensions  # runnable
+    shape = lora or recipe.lora or (Lora(rank=16, alpha=32, dropout=0.0) if recipe.method == "dpo" else None)
+    checkpointing = recipe.schedule.checkpointing
+    with torch.device("meta"):
+        model = getattr(transformers, entry.dimensions.architecture)(architecture_config(entry.dimensions))
+        if shape is None:
+            return adapter.ready(model, quantised=False, checkpointing=checkpointing)
+        return adapter.attach(model, shape, entry.target_modules, quantised=False, dora=recipe.method == "dora",
+                              checkpointing=checkpointing)  # fmt: skip
+
+
+def _count(model: Any, *, quantised: bool) -> tuple[int, int, int]:
+    """Return (all parameters, those in projections that become NF4, those that are trained)."""
+    import torch
+
+    linear = [m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "lora_" not in n and "lm_head" not in n]
+    return (sum(p.numel() for p in model.parameters()), sum(m.weight.numel() for m in linear) if quantised else 0,
+            sum(p.numel() for p in model.parameters() if p.requires_grad))  # fmt: skip
+
+
+def _expected_tokens(recipe: Recipe) -> float:
+    """Return how many tokens are learnt from, where only the recipe is known: half-full sequences."""
+    s = recipe.schedule
+    return (s.steps or 100) * s.rows_per_step / s.rows_per_prompt * s.max_tokens * 0.5
+
+
+def _way_out(name: str, recipe: Recipe) -> str:
+    """Return what to try when memory is short, the cheapest first."""
+    schedule = recipe.schedule.model_dump()
+    smaller = [setting for setting, values in SHRINKING if any(schedule[k] != v for k, v in values.items())]
+    return f"--set {' --set '.join([*smaller, 'schedule.max_tokens=...'])}, or llmlab finetune {name} --rehearse"
 
 
 def _free_gpu_memory() -> int:
     import torch
 
     return int(torch.cuda.mem_get_info()[0])
-
-
-def count_parameters(entry: Model, rank: int) -> tuple[int, int, int]:
-    """Return (all parameters, those in quantisable projections, those of the adapter) of the real architecture."""
-    import torch
-    import transformers
-
-    from pipelines.tune.rehearsal import architecture_config
-
-    assert entry.dimensions  # runnable
-    with torch.device("meta"):
-        model = getattr(transformers, entry.dimensions.architecture)(architecture_config(entry.dimensions))
-    linear = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and not n.endswith("lm_head")}
-    adapted = [m for n, m in linear.items() if n.rsplit(".", 1)[-1] in entry.target_modules]
-    return (sum(p.numel() for p in model.parameters()), sum(m.weight.numel() for m in linear.values()),
-            sum(rank * (m.in_features + m.out_features) for m in adapted))  # fmt: skip
 
 
 def measured_flops(device: str) -> float:

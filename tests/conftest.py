@@ -49,6 +49,7 @@ class Quiet:
         self.begun: list[tuple[str, str, bool]] = []
         self.steps: list[Step] = []
         self.cards: list[dict[str, Any]] = []
+        self.outcomes: list[dict[str, Any]] = []
 
     def say(self, text: str) -> None:
         self.lines.append(text)
@@ -61,6 +62,9 @@ class Quiet:
 
     def step(self, step: Step) -> None:
         self.steps.append(step)
+
+    def outcome(self, planned: dict[str, Any]) -> None:
+        self.outcomes.append(planned)
 
     def proof(self, card: dict[str, Any]) -> None:
         self.cards.append(card)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines.catalogue import Model
-from pipelines.errors import TrainingFailed
+from pipelines.errors import ConfigError, TrainingFailed
 from pipelines.tune.recipe import Lora
 
 if TYPE_CHECKING:
@@ -35,26 +35,42 @@ def attach(
         quantised: the base is in NF4.
         dora: learn magnitude and direction apart (Liu et al. 2024, arXiv 2402.09353).
         checkpointing: compute activations twice instead of keeping them.
+
+    Raises:
+        ConfigError: a target is no projection of the base; PEFT would pass over it as long as another one is.
     """
     from peft import LoraConfig, get_peft_model
 
+    _check_targets(base, target_modules)
     config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=target_modules,
                         use_dora=dora, task_type="CAUSAL_LM")  # fmt: skip
     return get_peft_model(ready(base, quantised=quantised, checkpointing=checkpointing), config)
+
+
+def _check_targets(base: Any, target_modules: list[str]) -> None:
+    there = {name.rsplit(".", 1)[-1] for name, module in base.named_modules() if "Linear" in type(module).__name__}
+    missing = sorted(set(target_modules) - there)
+    if missing:
+        came = f"{type(base).__name__} has no projection named {', '.join(missing)}"
+        way_on = "edit tuning.target_modules in the model's file below configs/models"
+        raise ConfigError(came, f"some of {', '.join(sorted(there))}", way_on)
 
 
 def ready(base: Any, *, quantised: bool, checkpointing: bool) -> Any:
     """Return the base prepared for training: norms in float32 where it is quantised, checkpointing where it is wanted."""
     from peft import prepare_model_for_kbit_training
 
-    settings = {"use_reentrant": False}
     if quantised:
-        return prepare_model_for_kbit_training(
-            base, use_gradient_checkpointing=checkpointing, gradient_checkpointing_kwargs=settings
-        )
+        base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
     if checkpointing:
-        base.gradient_checkpointing_enable(settings)
+        checkpoint_activations(base)
     return base
+
+
+def checkpoint_activations(model: Any) -> None:
+    """Let a model compute its activations twice instead of keeping them (Chen et al. 2016, arXiv 1604.06174)."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base.activation_checkpointing_enable({"use_reentrant": False})
 
 
 def resume(base: Any, folder: Path, *, quantised: bool, checkpointing: bool) -> Any:
@@ -70,9 +86,9 @@ def resume(base: Any, folder: Path, *, quantised: bool, checkpointing: bool) -> 
 def servable(method: str, lora: Lora | None) -> dict[str, str]:
     """Return for each engine "yes", or why it cannot serve what the method makes beside its base."""
     if method == "full":
-        return dict.fromkeys(("llamacpp", "vllm"), "no: it is a model of its own, and engines are given adapters")
+        return dict.fromkeys(("llamacpp", "vllm"), "no: it is a model of its own, which llmlab export makes ready")
     if method == "dora":
-        return dict.fromkeys(("llamacpp", "vllm"), "no: engines apply plain LoRA only")
+        return dict.fromkeys(("llamacpp", "vllm"), "no: engines apply plain LoRA only; llmlab export merges it")
     rank = lora.rank if lora else 0
     return {
         "llamacpp": "yes",

@@ -1,4 +1,4 @@
-"""The tuning job: plan -> weights -> data -> train -> prove -> export -> run. `make finetune MODEL=... RECIPE=...`
+"""The tuning job: data -> plan -> weights -> train -> prove -> save -> run. `make finetune MODEL=... RECIPE=...`
 
 Decides once whether the model is tuned or only rehearsed, and says why. It prints nothing itself: a `Watcher` is told
 what happens.
@@ -16,9 +16,9 @@ from typing import Any, Protocol
 from pipelines import catalogue, hardware, runs, weights
 from pipelines.catalogue import Model
 from pipelines.errors import ConfigError, PlanDoesNotFit, RehearsalRefused, Rehearsed, WeightsMissing
-from pipelines.plan import Plan, make_plan
+from pipelines.plan import Plan, against, make_plan
 from pipelines.runs import Draft, Run, draft, write_text
-from pipelines.tune import adapter, data, proof, rehearsal, source, template
+from pipelines.tune import adapter, proof, rehearsal, source, template
 from pipelines.tune.parallel import Team, team
 from pipelines.tune.preference import REFERENCE_FILE, Preferences, check_first_loss
 from pipelines.tune.recipe import Lora, Recipe, load_recipe
@@ -27,6 +27,7 @@ from pipelines.tune.training import ALONE, Objective, Step, Training, as_row
 
 KIND = "finetune"
 METRICS = "metrics.jsonl"
+PLAN_FILE = "plan.json"
 MODEL_FOLDER = "model"
 BEFORE_FILE = "before.safetensors"
 REHEARSAL_STEPS = 6
@@ -50,6 +51,9 @@ class Watcher(Protocol):
 
     def proof(self, card: dict[str, Any]) -> None:
         """Take the proof card."""
+
+    def outcome(self, planned: dict[str, Any]) -> None:
+        """Take what was planned beside what was measured, at the end."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +92,7 @@ class _Work:
     device: hardware.Choice
     resume: bool
     team: Team = ALONE
+    prepared: source.Prepared | None = None
 
     @property
     def lora(self) -> Lora | None:
@@ -123,8 +128,9 @@ def finetune(job: Job, watcher: Watcher) -> Run:
         raise ConfigError(f"{job.processes} processes were asked for, for {what}", "a supervised method on a CPU",
                           "the same command without --processes")  # fmt: skip
     watcher.say(f"device: {device.choice} ({device.reason}); recipe: {asked.recipe_name}")
-    machine = hardware.probe(weights.model_cache())
-    plan = make_plan(entry, asked.recipe, machine, device.choice, on_disk=weights.is_here(entry))
+    if not job.rehearse:
+        asked = _with_data(asked, job)
+    plan = _plan(asked, job)
     watcher.plan(plan)
     if job.rehearse:
         return _rehearse(asked, watcher)
@@ -136,9 +142,17 @@ def finetune(job: Job, watcher: Watcher) -> Run:
         run = _rehearse(asked, watcher)
         raise Rehearsed(f"{entry.name} was rehearsed, not tuned (run {run.id}): {problem.came}", problem.expected,
                         f"{problem.next_command}; or make finetune MODEL=smollm2-135m") from None  # fmt: skip
-    asked = replace(asked, start=_start(entry, asked.recipe, job.start))
+    if asked.prepared is None:  # the weights were fetched just now
+        asked = _with_data(asked, job)
+        plan = _plan(asked, job)
+        plan.check()
     with draft(KIND, entry.name, asked.config) as work, team(job, job.processes) as together:
-        return _tune(replace(asked, team=together), folder, work, watcher)
+        return _tune(replace(asked, team=together), folder, work, watcher, plan)
+
+
+def plan_of(job: Job) -> Plan:
+    """Return what a job will need: for its real data where the weights are here, else for the most that its recipe allows."""
+    return _plan(_with_data(_asked(job), job), job)
 
 
 def assist(job: Job, together: Team) -> None:
@@ -157,6 +171,27 @@ def _asked(job: Job) -> _Work:
     recipe = load_recipe(recipe_name, job.overrides)
     source.check(recipe)
     return _Work(entry, recipe, recipe_name, None, hardware.choose_device(), job.resume)
+
+
+def _with_data(asked: _Work, job: Job) -> _Work:
+    """Return the job with what it starts from and learns from; without weights, and so without tokenizer, as it was."""
+    if not weights.is_here(asked.entry):
+        return asked
+    asked = replace(asked, start=_start(asked.entry, asked.recipe, job.start))
+    return replace(asked, prepared=_prepared(asked, weights.hf_directory(asked.entry)))
+
+
+def _prepared(asked: _Work, folder: Path) -> source.Prepared:
+    from transformers import AutoTokenizer
+
+    return source.prepare(asked.recipe, AutoTokenizer.from_pretrained(folder), asked.device.choice)
+
+
+def _plan(asked: _Work, job: Job) -> Plan:
+    machine = hardware.probe(weights.model_cache())
+    return make_plan(asked.entry, asked.recipe, machine, asked.device.choice, on_disk=weights.is_here(asked.entry),
+                     lora=asked.lora, quantised=asked.quantised, processes=job.processes,
+                     steps=asked.prepared.steps if asked.prepared else None)  # fmt: skip
 
 
 def _start(entry: Model, recipe: Recipe, wanted: str) -> Run | None:
@@ -185,9 +220,8 @@ def _is_supervised(run: Run) -> bool:
 
 def _rehearse(asked: _Work, watcher: Watcher) -> Run:
     """Take the shrunk architecture through the same code; for dpo, through a short supervised training first."""
-    texts = [path.read_text(encoding="utf-8") for path in sorted(data.KNOWLEDGE.glob("*.md"))]
     with tempfile.TemporaryDirectory() as folder:
-        rehearsal.build(asked.entry, texts, Path(folder))
+        rehearsal.build(asked.entry, rehearsal.texts(), Path(folder))
         if asked.recipe.method == "dpo":
             first = load_recipe("lora", ["lora.rank=8"])
             start = _rehearsed(replace(asked, recipe=first, recipe_name="lora"), Path(folder), watcher)
@@ -199,12 +233,12 @@ def _rehearsed(asked: _Work, folder: Path, watcher: Watcher) -> Run:
     schedule = asked.recipe.schedule
     steps = min(schedule.steps or REHEARSAL_STEPS, REHEARSAL_STEPS)
     short = schedule.model_copy(update={"steps": steps, "epochs": None, "max_tokens": 4096})  # its tokenizer knows fewer words
-    asked = replace(asked, recipe=asked.recipe.model_copy(update={"schedule": short}))
+    asked = replace(asked, recipe=asked.recipe.model_copy(update={"schedule": short}), prepared=None)
     with draft(KIND, asked.entry.name, asked.config, rehearsal=True) as work:
         return _tune(asked, folder, work, watcher)
 
 
-def _tune(asked: _Work, folder: Path, work: Draft, watcher: Watcher) -> Run:
+def _tune(asked: _Work, folder: Path, work: Draft, watcher: Watcher, plan: Plan | None = None) -> Run:
     if not asked.resume:
         work.forget()
     recipe = asked.recipe
@@ -220,7 +254,7 @@ def _tune(asked: _Work, folder: Path, work: Draft, watcher: Watcher) -> Run:
     probe = proof.Probe(tokenizer, prepared.held_out)
     before = probe.before(model, work.scratch / BEFORE_FILE)
     objective = _objective(asked, model, prepared, tokenizer, work)
-    training = Training(model, prepared.steps, recipe, objective, work.scratch, asked.team)
+    training = Training(model, prepared.steps, recipe, objective, work.scratch, asked.team, watcher.say)
     if training.first_step:
         watcher.say(f"resuming after step {training.first_step} of {len(prepared.steps)}")
     _keep_rows(work.path / METRICS, training.first_step)
@@ -240,6 +274,10 @@ def _tune(asked: _Work, folder: Path, work: Draft, watcher: Watcher) -> Run:
     rows = [json.loads(line) for line in (work.path / METRICS).read_text(encoding="utf-8").splitlines()]
     draw_loss(rows, f"{asked.entry.name}, {recipe.method}" + (" (rehearsal)" if work.rehearsal else ""), work.path / "loss.png")
     facts = _facts(rows) | {"logit_change": card["logit_change"], "data_sha256": prepared.sha256}
+    if plan:
+        planned = against(plan, facts["peak_memory_bytes"], facts["seconds"])
+        work.write_json(PLAN_FILE, planned)
+        watcher.outcome(planned)
     return work.finish(facts, inputs=(asked.start,) if asked.start else ())
 
 
@@ -258,7 +296,7 @@ def _load(asked: _Work, folder: Path) -> _Loaded:
 
     hardware.use_all_cores(asked.team.size)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    prepared = source.prepare(asked.recipe, tokenizer, asked.device.choice)
+    prepared = asked.prepared or _prepared(asked, folder)
     torch.manual_seed(asked.recipe.schedule.seed)  # decides the adapter's first weights
     return _Loaded(tokenizer, prepared, _model(asked, folder))
 

@@ -200,6 +200,24 @@ def join(trees: Sequence[Packed]) -> Packed:
     return joined
 
 
+def split(packed: Packed, rows: int) -> list[Packed]:
+    """Take a sequence apart into trees of at most `rows` branches each, which see and predict what they did before.
+
+    Loss and gradient stay the same; the prefix of a tree is computed once for each part.
+    """
+    parts = []
+    for number in dict.fromkeys(packed.tree):
+        places = [i for i, t in enumerate(packed.tree) if t == number]
+        branches = list(dict.fromkeys(packed.branch[i] for i in places if packed.branch[i] != PREFIX))
+        for first in range(0, len(branches), rows):
+            own = {PREFIX: PREFIX} | {branch: n for n, branch in enumerate(branches[first : first + rows], 1)}
+            kept = [i for i in places if packed.branch[i] in own]
+            tokens, positions = [packed.tokens[i] for i in kept], [packed.positions[i] for i in kept]
+            branch, labels = [own[packed.branch[i]] for i in kept], [packed.labels[i] for i in kept]
+            parts.append(Packed(tokens, positions, [0] * len(kept), branch, labels, len(own) - 1))
+    return parts
+
+
 def collate(batch: Sequence[Packed], pad_token: int, device: str = "cpu") -> dict[str, torch.Tensor]:
     """Pad sequences to one batch.
 

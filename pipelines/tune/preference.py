@@ -42,6 +42,8 @@ class Preferences:
         kept: file of the reference's log-probabilities; read if it is there.
     """
 
+    divisible = False  # a reference belongs to a whole sequence
+
     def __init__(self, model: Any, steps: Sequence[Sequence[Packed]], beta: float, pad_token: int, kept: Path) -> None:
         self.beta, self.pad_token = beta, pad_token
         sequences = list(dict.fromkeys(p for step in steps for p in step))

@@ -37,6 +37,9 @@ class Schedule(Config):
     max_tokens: int = Field(ge=64, description="longest packed sequence; a row that is longer is an error, never cut")
     sequences_at_once: int = Field(ge=1, description="packed sequences computed together; the gradient stays the same")
     checkpointing: bool = Field(description="compute activations twice instead of keeping them")
+    leave_out_over_tokens: int | None = Field(
+        default=None, ge=16, description="if memory runs out otherwise, rows of a step that are longer may be left out"
+    )
     checkpoint_every_steps: int = Field(ge=1)
     seed: int
 

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 class Supervised:
     """Mean negative log-likelihood of a supervised token, in nats."""
 
+    divisible = True
+
     def __init__(self, pad_token: int) -> None:
         self.pad_token = pad_token
 

@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from pipelines.errors import TrainingFailed
+from pipelines.tune.adapter import checkpoint_activations
 from pipelines.tune.checkpoint import Checkpoints
+from pipelines.tune.memory import Ladder, is_out_of_memory, release
 from pipelines.tune.packing import Packed
 from pipelines.tune.parallel import Team
 from pipelines.tune.recipe import Optimiser, Recipe
@@ -31,7 +33,13 @@ PAGED_MOMENTS = ("step", "state1", "state2")  # the names of bitsandbytes
 
 
 class Objective(Protocol):
-    """What is minimised: a mean over terms, taken apart so that it can be summed over parts of a step."""
+    """What is minimised: a mean over terms, taken apart so that it can be summed over parts of a step.
+
+    Attributes:
+        divisible: the rows of a sequence may be computed apart.
+    """
+
+    divisible: bool
 
     def count(self, sequences: Sequence[Packed]) -> int:
         """Return the number of terms in these sequences."""
@@ -71,14 +79,17 @@ class Training:
         objective: what is minimised.
         checkpoint: folder of the resumable state.
         team: the processes that share the work of a step.
+        say: takes a line for the user.
 
     Raises:
         TrainingFailed: a loss that is not finite.
+        OutOfMemory: not even the smallest part of a step fits.
     """
 
     def __init__(self, model: Any, steps: Sequence[Sequence[Packed]], recipe: Recipe, objective: Objective, checkpoint: Path,
-                 team: Team = ALONE) -> None:  # fmt: skip
-        self.model, self.steps, self.schedule, self.objective = model, steps, recipe.schedule, objective
+                 team: Team = ALONE, say: Callable[[str], None] = lambda _: None) -> None:  # fmt: skip
+        self.model, self.steps, self.schedule, self.objective, self.say = model, steps, recipe.schedule, objective, say
+        self.ladder = Ladder(recipe.schedule, steps, checkpoint, divisible=objective.divisible)
         self.optimiser_recipe, self.checkpoints = recipe.optimiser, Checkpoints(checkpoint)
         self.device = next(model.parameters()).device.type
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -90,6 +101,7 @@ class Training:
     def run(self, on_step: OnStep) -> None:
         """Train to the end; on Ctrl-C the step is finished and a checkpoint written before `KeyboardInterrupt` goes on."""
         self.model.train()
+        self._obey_rung()
         seconds: list[float] = []
         with _interrupts_wait() as interrupted:
             for step in range(self.first_step, len(self.steps)):
@@ -112,8 +124,27 @@ class Training:
         import torch
 
         self.team.spread(self.trained)
-        torch.manual_seed(self.schedule.seed + step)
-        return self.team.gather(self.trained, self._backward(self.steps[step]))
+        while True:
+            torch.manual_seed(self.schedule.seed + step)
+            loss = self._backward_or_none(self.steps[step])
+            if loss is not None:
+                return self.team.gather(self.trained, loss)
+            release(self.model)
+            self.say(f"memory ran out in step {step + 1}; the same step again with {self.ladder.down()}")
+            self._obey_rung()
+
+    def _backward_or_none(self, sequences: Sequence[Packed]) -> float | None:
+        """Return the loss, or None if memory ran out; then nothing of the step is referred to any more."""
+        try:
+            return self._backward(sequences)
+        except Exception as error:  # torch has no error type of its own for a CPU
+            if self.team.size > 1 or not is_out_of_memory(error):
+                raise
+            return None
+
+    def _obey_rung(self) -> None:
+        if self.ladder.rung.checkpointing and not self.schedule.checkpointing:
+            checkpoint_activations(self.model)
 
     def _step(self, step: int, seconds: list[float]) -> Step:
         import torch
@@ -139,10 +170,9 @@ class Training:
 
     def _backward(self, sequences: Sequence[Packed]) -> float:
         """Accumulate this process's part of the gradient of the mean over all terms, a few sequences at a time."""
-        terms, loss, size = self.objective.count(sequences), 0.0, self.schedule.sequences_at_once
-        own = self.team.share(sequences)
-        for first in range(0, len(own), size):
-            part = self.objective.total(self.model, own[first : first + size]) / terms
+        terms, loss = self.objective.count(sequences), 0.0
+        for sequences_at_once in self.ladder.parts(self.team.share(sequences)):
+            part = self.objective.total(self.model, sequences_at_once) / terms
             part.backward()
             loss += float(part.detach())
         return loss
@@ -166,7 +196,7 @@ class Training:
         for name, p in self.trained.items():
             for key, value in self.optimiser.state.get(p, {}).items():
                 tensors[f"{key}.{name}"] = torch.as_tensor(value)
-        return {name: t.contiguous().clone() for name, t in tensors.items()}
+        return {name: t.contiguous() for name, t in tensors.items()}
 
     def _restore(self) -> int:
         """Load the newest checkpoint if there is one; return the number of finished steps."""

@@ -9,7 +9,8 @@ import pytest
 from pipelines import catalogue
 from pipelines.config import names
 from pipelines.errors import ConfigError, RunIncomplete
-from pipelines.tune.finetune import Job, finetune
+from pipelines.tune import adapter
+from pipelines.tune.finetune import Job, finetune, load_base
 from pipelines.tune.recipe import load_recipe
 from serving.tuned import adapter_of
 from tests.conftest import Quiet
@@ -58,3 +59,12 @@ def test_parts_that_do_not_fit_the_method_are_refused(recipe: str, override: str
 def test_data_that_is_neither_set_nor_file_is_refused() -> None:
     with pytest.raises(ConfigError, match="reader"):
         finetune(Job(MODELS[0], "lora", ("data=readr",), rehearse=True), Quiet())
+
+
+def test_a_target_that_is_no_projection_is_refused(tiny: Path) -> None:
+    """PEFT itself would train the others and say nothing."""
+    recipe = load_recipe("lora")
+    assert recipe.lora
+    with pytest.raises(ConfigError, match="has no projection named query_proj") as caught:
+        adapter.attach(load_base(tiny, "cpu", quantised=False), recipe.lora, ["q_proj", "query_proj"], quantised=False)
+    assert "down_proj, gate_proj" in str(caught.value)
