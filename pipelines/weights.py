@@ -170,11 +170,12 @@ def _convert(gguf: Path, folder: Path) -> Path:
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
     with disk_trouble_is_explained(folder), _removed_on_failure(temporary):
         temporary.mkdir(parents=True, exist_ok=True)
-        model = AutoModelForCausalLM.from_pretrained(
-            gguf.parent, gguf_file=gguf.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
-        )
-        model.config.name_or_path = ""
-        model.save_pretrained(temporary)
+        with quiet_loading():
+            model = AutoModelForCausalLM.from_pretrained(
+                gguf.parent, gguf_file=gguf.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+            )
+            model.config.name_or_path = ""
+            model.save_pretrained(temporary)
         AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(temporary)
         return _publish(temporary, folder)
 

@@ -32,7 +32,7 @@ from serving.knowledge import open_knowledge
 from serving.service import Service
 from serving.settings import ServeConfig
 from serving.supervisor import Supervisor
-from serving.tuned import LATEST, adapter_of, check_template, choose_run
+from serving.tuned import EXPORT, LATEST, adapter_of, check_template, choose_run, exported_base, tuned_name
 from serving.upstream import Upstream
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def serve(model_name: str, config: ServeConfig, *, adapter: str = LATEST, pull: 
     Args:
         model_name: a catalogue entry.
         config: addresses, sizes and limits.
-        adapter: "latest", "none", or the id of a run.
+        adapter: "latest", "none", or the id of a finetune or export run.
         pull: allow the weights to be fetched if they are not on disk.
         say: receives lines for the user.
 
@@ -132,11 +132,12 @@ def _prepared(
 
 def _supervisor(model: Model, config: ServeConfig, choice: Choice, run: Run | None, pull: bool, say: Say) -> Supervisor:
     engine, machine = engines.named(choice.choice), probe()
+    whole = run if run and run.kind == EXPORT else None
     port = check_free(ENGINE_HOST, config.engine_port, "--set engine_port=8082")
     launch = Launch(
-        model=model.name,
-        base=engine.base_path(model, pull, say),
-        adapter=adapter_of(run, model.name) if run else None,
+        model=tuned_name(model.name) if whole else model.name,
+        base=exported_base(whole, choice.choice) if whole else engine.base_path(model, pull, say),
+        adapter=adapter_of(run, model.name) if run and not whole else None,
         host=ENGINE_HOST,
         port=port,
         context_tokens=config.context_tokens,
@@ -189,7 +190,10 @@ def _check_context(model: Model, config: ServeConfig) -> None:
 
 def _about(run: Run | None, model: str, adapter: str) -> str:
     if run:
-        return f"adapter {run.id}, asked for as {model}-tuned" + (" (a REHEARSAL, named explicitly)" if run.rehearsal else "")
+        kind = "export" if run.kind == EXPORT else "adapter"
+        return f"{kind} {run.id}, asked for as {tuned_name(model)}" + (
+            " (a REHEARSAL, named explicitly)" if run.rehearsal else ""
+        )
     return "adapter none: " + ("the base alone was asked for" if adapter != LATEST else f"{model} has no run yet (make finetune)")
 
 

@@ -21,7 +21,7 @@ class Service:
         supervisor: the engine process; its launch has the names of base and adapter.
         upstream: the way to the engine.
         knowledge: the index.
-        run: where the adapter comes from, or None.
+        run: where the adapter, or the model in place of the base, comes from; or None.
         base: what the base is: title, hub id, revision, file.
     """
 
@@ -43,8 +43,8 @@ class Service:
         return self.supervisor.launch.slots
 
     def passport(self, name: str) -> dict[str, Any]:
-        """Return where a served model comes from: the base, and for the adapter its run and that run's inputs."""
-        if self.run is None or name == self.names[0]:
+        """Return where a served model comes from: the base, and for what was tuned its run and that run's inputs."""
+        if self.run is None or (self.supervisor.launch.adapter and name == self.names[0]):
             return {"base": self.base}
         run = self.run
         return {

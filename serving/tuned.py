@@ -1,9 +1,12 @@
-"""Which adapter is served, and whether it may be: a finished, real run of this model, in the engine's chat template.
+"""Which tuned model is served, and whether it may be: a finished, real run of this model, in the engine's chat template.
 
-The default is the newest run; "none" serves the base alone; a run's id takes that run, even a rehearsal.
+The default is the adapter of the newest finetune run; "none" serves the base alone; a run's id takes that run, even a
+rehearsal. An export run is a model of its own and is served in place of the base.
 """
 
 from __future__ import annotations
+
+from pathlib import Path
 
 from pipelines import runs
 from pipelines.catalogue import Model
@@ -12,12 +15,12 @@ from pipelines.runs import Run
 from serving.engines.contract import Adapter, Engine, Launch
 
 LATEST, NONE = "latest", "none"
-KIND = "finetune"
+KIND, EXPORT = "finetune", "export"
 PROOF_FILE = "proof.json"
 
 
 def choose_run(model: Model, wanted: str) -> Run | None:
-    """Return the run whose adapter is served, verified, or None for the base alone.
+    """Return the run whose adapter or model is served, verified, or None for the base alone.
 
     Args:
         model: the model that is served.
@@ -43,15 +46,34 @@ def adapter_of(run: Run, model: str) -> Adapter:
     refusals = [answer for answer in card["servable"].values() if answer != "yes"]
     if refusals:
         came = f"run {run.id} cannot be served beside its base: {refusals[0].removeprefix('no: ')}"
-        way_on = f"llmlab runs, then llmlab serve {model} --adapter RUN"
+        way_on = f"llmlab export {model} --run {run.id}, then llmlab serve {model} --adapter with the id of that run"
         raise RunIncomplete(came, "a run of the recipe lora, qlora or dpo", way_on)
-    adapter = Adapter(f"{model}-tuned", run.path / "adapter", run.path / "adapter.gguf")
+    adapter = Adapter(tuned_name(model), run.path / "adapter", run.path / "adapter.gguf")
     for path in (adapter.peft / "adapter_config.json", adapter.peft / "adapter_model.safetensors", adapter.gguf):
         if not path.is_file():
             raise RunIncomplete(
                 f"run {run.id} has no {path.relative_to(run.path)}", "an adapter as PEFT files and as GGUF", "make finetune"
             )
     return adapter
+
+
+def tuned_name(model: str) -> str:
+    """Return what a request's `model` says to get the tuned form of a model."""
+    return f"{model}-tuned"
+
+
+def exported_base(run: Run, engine: str) -> Path:
+    """Return the weights of an export run in the form that an engine reads.
+
+    Raises:
+        RunIncomplete: it was exported without a GGUF file, and llama.cpp reads nothing else.
+    """
+    if engine != "llamacpp":
+        return run.path / "model"
+    found = sorted(run.path.glob("*.gguf"))
+    if not found:
+        raise RunIncomplete(f"run {run.id} has no GGUF file", "one, for llama.cpp", f"llmlab export {run.model}")
+    return found[0]
 
 
 def check_template(run: Run, engine: Engine, launch: Launch) -> None:
@@ -78,10 +100,10 @@ def _latest(model: str) -> Run | None:
 
 
 def _check_kinship(model: Model, run: Run) -> None:
-    if (run.kind, run.model) != (KIND, model.name):
+    if run.kind not in (KIND, EXPORT) or run.model != model.name:
         raise FingerprintMismatch(
             f"run {run.id} is {run.kind} of {run.model}",
-            f"{KIND} of {model.name}",
+            f"{KIND} or {EXPORT} of {model.name}",
             f"llmlab runs, or llmlab serve {run.model} --adapter {run.id}",
         )
     trained_on = run.json("adapter/adapter_config.json").get("revision") if (run.path / "adapter").is_dir() else None

@@ -12,6 +12,8 @@ from typing import Any
 
 from pipelines.catalogue import Dimensions, Model, Rehearsal
 from pipelines.errors import DataError
+from pipelines.tune.data import KNOWLEDGE
+from pipelines.weights import quiet_loading
 
 VOCABULARY = 2048
 SEED = 5
@@ -36,9 +38,15 @@ def build(entry: Model, texts: Iterable[str], folder: Path) -> Path:
     config = shrunk_config(entry.dimensions, entry.rehearsal, tokenizer)
     torch.manual_seed(SEED)
     model = getattr(transformers, entry.dimensions.architecture)(config)
-    model.save_pretrained(folder)
+    with quiet_loading():
+        model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def texts() -> list[str]:
+    """Return the pages of the knowledge base, what the tokenizer of a rehearsal is trained on."""
+    return [path.read_text(encoding="utf-8") for path in sorted(KNOWLEDGE.glob("*.md"))]
 
 
 def shrunk_config(dimensions: Dimensions, size: Rehearsal, tokenizer: Any) -> Any:
