@@ -1,0 +1,132 @@
+"""A data set from a hub: the real client against a server on loopback that answers as the hub does."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+
+from pipelines.config import ROOT
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+ROWS = "".join(json.dumps({"prompt": f"What is {n} plus {n}?", "completion": f"{2 * n}"}) + "\n" for n in range(6)).encode()
+FILES = {"team/one": {"data/train.jsonl": ROWS, "README.md": b"# One", "load.py": b"raise SystemExit(1)"},
+         "team/two": {"train.jsonl": ROWS, "test.jsonl": ROWS}}  # fmt: skip
+
+
+@dataclass
+class Hub:
+    url: str
+    asked: list[str] = field(default_factory=list)
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    class Answer(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            path = urlsplit(self.path).path
+            if self.command == "GET":
+                started.asked.append(path)
+            parts = path.strip("/").split("/")
+            if parts[:2] == ["api", "datasets"]:
+                self.describe("/".join(parts[2:4]), parts[5] if len(parts) > 5 else "main")
+            elif parts[0] == "datasets" and parts[3] == "resolve":
+                self.send("/".join(parts[1:3]), parts[4], "/".join(parts[5:]))
+            else:
+                self.reply(200, b"")
+
+        do_HEAD = do_GET
+
+        def describe(self, name: str, revision: str) -> None:
+            if name == "team/gated":
+                self.reply(403, b"{}", {"X-Error-Code": "GatedRepo"})
+            elif name not in FILES:
+                self.reply(401, b"{}", {"X-Error-Code": "RepoNotFound"})
+            elif revision not in ("main", COMMIT):
+                self.reply(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
+            else:
+                siblings = [{"rfilename": file, "size": len(content)} for file, content in FILES[name].items()]
+                self.reply(200, json.dumps({"id": name, "sha": COMMIT, "siblings": siblings}).encode())
+
+        def send(self, name: str, revision: str, file: str) -> None:
+            content = FILES[name][file]
+            assert revision == COMMIT
+            self.reply(200, content, {"ETag": f'"{len(content):040x}"', "X-Repo-Commit": COMMIT})
+
+        def reply(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
+            self.send_response(status)
+            for key, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
+                self.send_header(key, value)
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Answer)
+    started = Hub(f"http://127.0.0.1:{server.server_port}")
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield started
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def llmlab(hub: Hub | None, cache: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    own = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0"} if hub else {"HF_HUB_OFFLINE": "1"}
+    own |= {"LLMLAB_DATA_CACHE": str(cache), "LLMLAB_RUNS": str(cache / "runs")}
+    environment = {key: value for key, value in os.environ.items() if "proxy" not in key.lower()} | own
+    return subprocess.run([sys.executable, "-m", "labs", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True,
+                          check=False)  # fmt: skip
+
+
+def test_the_one_file_of_rows_is_fetched_once_and_no_code(hub: Hub, tmp_path: Path) -> None:
+    done = llmlab(hub, tmp_path, "data", "fetch", "team/one")
+    assert done.returncode == 0, done.stderr
+    file = Path(done.stdout.strip())
+    assert file.read_bytes() == ROWS and COMMIT in str(file)
+    assert f"fetching data/train.jsonl of team/one at {COMMIT[:8]}" in done.stderr
+    assert not any("load.py" in path for path in hub.asked)
+    offline = llmlab(None, tmp_path, "data", "fetch", f"hub:team/one/data/train.jsonl@{COMMIT}")
+    assert Path(offline.stdout.strip()) == file, offline.stderr
+
+
+def test_a_set_of_the_hub_is_learnt(hub: Hub, tmp_path: Path) -> None:
+    done = llmlab(hub, tmp_path, "finetune", "--rehearse", "--recipe", "lora-quick", "--data", "hub:team/one", "--epochs", "1",
+                  "--set", "lora.rank=2", "--metrics-port", "none")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "6 rows in" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("team/two", "team/two has 2 files of rows"),
+        ("team/one/data/test.jsonl", "has no file data/test.jsonl"),
+        ("team/three", "the hub has no data set team/three"),
+        ("team/gated", "team/gated is gated"),
+        ("team/one@v9", "has no revision v9"),
+        ("one", "does not name a data set"),
+        ("team/../../etc/passwd", "does not name a data set"),
+    ],
+)
+def test_what_cannot_be_fetched_is_explained(hub: Hub, tmp_path: Path, name: str, message: str) -> None:
+    done = llmlab(hub, tmp_path, "data", "fetch", name)
+    assert done.returncode in (1, 2) and message in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
+def test_offline_it_says_so(tmp_path: Path) -> None:
+    done = llmlab(None, tmp_path, "data", "fetch", "team/one")
+    assert done.returncode == 1 and "the hub cannot be reached (HF_HUB_OFFLINE is set)" in done.stderr
+    assert "Traceback" not in done.stderr
