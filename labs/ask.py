@@ -1,12 +1,23 @@
-"""Ask the running server a question and show the answer with its sources. `make ask Q="Who developed Falcon 40B?"`"""
+"""Ask the running server a question and show the answer with its sources. `make ask Q="Who developed Falcon 40B?"`
+
+`Chat` is for commands that have a model work for them.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from pipelines.config import unknown
 from pipelines.errors import EngineError, LabError
 
+if TYPE_CHECKING:
+    import httpx
+
 TIMEOUT_SECONDS = 300.0
+REPLY_TOKENS = 96
+T = TypeVar("T")
 
 
 def ask(server: str, question: str, k: int | None = None) -> dict[str, Any]:
@@ -19,22 +30,65 @@ def ask(server: str, question: str, k: int | None = None) -> dict[str, Any]:
     import httpx
 
     body = {"question": question} | ({"k": k} if k is not None else {})
+    send = partial(httpx.post, f"{server}/v1/rag/query", json=body, timeout=TIMEOUT_SECONDS, trust_env=False)
+    return _answered(server, send, dict)
+
+
+class Chat:
+    """A served model that replies in JSON, always with the likeliest token; `with` it.
+
+    Args:
+        server: address of the gateway.
+        model: a name that it serves; None for the first one, which is the base.
+    """
+
+    def __init__(self, server: str, model: str | None) -> None:
+        self.server, self.model = server, model or ""
+
+    def __enter__(self) -> Chat:
+        """Connect; `EngineError` if nothing answers there, `UnknownName` if the model is not served."""
+        import httpx
+
+        self._client = httpx.Client(base_url=self.server, timeout=TIMEOUT_SECONDS, trust_env=False)
+        send = partial(self._client.get, "/v1/models")
+        names = _answered(self.server, send, lambda content: [str(card["id"]) for card in content["data"]])
+        if not names or self.model not in ["", *names]:
+            raise unknown("served model", self.model, names)
+        self.model = self.model or names[0]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Hang up."""
+        self._client.close()
+
+    def __call__(self, messages: list[dict[str, str]], schema: dict[str, Any]) -> str:
+        """Return the reply to chat turns, which the engine holds to a JSON schema; cut if it is very long."""
+        form = {"type": "json_schema", "json_schema": {"name": "reply", "schema": schema, "strict": True}}
+        body = {"model": self.model, "messages": messages, "temperature": 0, "max_tokens": REPLY_TOKENS, "response_format": form}
+        send = partial(self._client.post, "/v1/chat/completions", json=body)
+        return _answered(self.server, send, lambda content: str(content["choices"][0]["message"]["content"]))
+
+
+def _answered(server: str, send: Callable[[], httpx.Response], read: Callable[[Any], T]) -> T:
+    """Return what `read` takes of the server's answer; errors as for `ask`."""
+    import httpx
+
     try:
-        response = httpx.post(f"{server}/v1/rag/query", json=body, timeout=TIMEOUT_SECONDS, trust_env=False)
+        response = send()
     except (httpx.TransportError, httpx.InvalidURL) as error:
         raise EngineError(
             f"nothing answers at {server} ({type(error).__name__})", "a running server", "make serve, in another terminal"
         ) from None
     try:
-        content: dict[str, Any] = response.json()
-        problem = content["error"] if response.is_error else {}
-    except (ValueError, KeyError, TypeError):
+        content = response.json()
+        if not response.is_error:
+            return read(content)
+        problem = content["error"]
+    except (ValueError, KeyError, TypeError, IndexError):
         raise EngineError(f"what answers at {server} is not this gateway (HTTP {response.status_code})", "a running server",
                           "make serve PORT=8001, then make ask PORT=8001") from None  # fmt: skip
-    if response.is_error:
-        raise LabError(f"the server refused (HTTP {response.status_code}): {problem['message']}", problem.get("expected", ""),
-                       problem.get("next", ""))  # fmt: skip
-    return content
+    raise LabError(f"the server refused (HTTP {response.status_code}): {problem['message']}", problem.get("expected", ""),
+                   problem.get("next", ""))  # fmt: skip
 
 
 def show_answer(answer: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""`llmlab data`: look at what a training would learn from, before it does."""
+"""`llmlab data`: make rows to learn from, and look at them before a training does."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from pipelines.tune.report import Report
 
 SHOWN = 5
+INTERRUPTED = 130
 REPORTS = ROOT / "reports"
 
 data_app = typer.Typer(no_args_is_help=True, help="Training data. Example: llmlab data report faq.jsonl")
@@ -89,6 +90,67 @@ def _figures(found: Report) -> dict[str, Any]:
     }  # fmt: skip
 
 
+@data_app.command("fetch")
+def data_fetch(name: Annotated[str, typer.Argument(help="OWNER/NAME, OWNER/NAME/FILE, either with @REVISION.")]) -> None:
+    """Fetch a file of rows from a data hub and print where it is. Example: llmlab data fetch openai/gsm8k/main/train.parquet."""
+    from labs.screen import OUT, say
+    from pipelines.tune.hub import fetch
+
+    file = fetch(name, say)
+    OUT.print(str(file), markup=False)
+    say(f"next: llmlab data report {file}, or llmlab finetune --data {file} --epochs 3")
+
+
+@data_app.command("from-docs")
+def data_from_docs(
+    docs: Annotated[Path, typer.Argument(help="A folder of Markdown, text, HTML or PDF.")],
+    out: Annotated[Path, typer.Option(help="The file of rows, .jsonl; the same command goes on with it.")],
+    per_chunk: Annotated[int, typer.Option(min=1, help="Questions to keep of a chunk, at most.")] = 2,
+    distractors: Annotated[int, typer.Option(min=0, max=9, help="Passages beside the right one.")] = 2,
+    abstain: Annotated[float, typer.Option(min=0, max=1, help="Share of the rows whose right passage is withheld.")] = 0.2,
+    port: Annotated[int | None, typer.Option(min=0, max=65535, help="Port of the running server.")] = None,
+    model: Annotated[str | None, typer.Option(help="A model that it serves; its first one if not given.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Ask about so many chunks only, a sample of all.")] = None,
+    seed: Annotated[int, typer.Option(help="Decides samples, orders, and what is withheld.")] = 0,
+    round_trip: Annotated[bool, typer.Option(help="Keep a pair only if the engine finds the answer again.")] = True,
+) -> None:
+    """Have the running server write questions about documents, as rows to tune a reader with; the last line is JSON.
+
+    Rules find answers in English text, the model only words the questions, and whatever fails a check is dropped. Of what
+    SmolLM2-135M keeps, about three quarters is sensible and the rest clumsy or wrong: read the file, delete what you do not
+    want, or serve a larger model. Ctrl-C keeps what is done.
+
+    Example: llmlab data from-docs ~/notes --out notes.jsonl && llmlab finetune --data notes.jsonl --epochs 3
+    """
+    import time
+    from functools import partial
+
+    from labs.ask import Chat
+    from labs.screen import CountScreen, json_line, say, table
+    from pipelines.config import load, named
+    from pipelines.rag.embed import load_embedder
+    from pipelines.rag.index import RagConfig
+    from pipelines.tune import from_docs
+    from serving.settings import load_serve_config
+
+    began, out, server, rag = time.monotonic(), out.expanduser(), load_serve_config(), load(named("rag", "default"), RagConfig)
+    from_docs.check_out(out)
+    try:
+        with Chat(f"http://{server.host}:{port or server.port}", model) as chat, CountScreen() as screen:
+            job = from_docs.Job(docs.expanduser(), out, chat.model, rag.chunk_max_tokens, per_chunk, distractors, abstain,
+                                round_trip, seed)  # fmt: skip
+            embed = partial(load_embedder, rag.embedder, threads=1)
+            made = from_docs.make(job, chat, embed, limit, screen.update)
+    except KeyboardInterrupt:
+        say(f"interrupted; what is done is kept in {out}, and the same command goes on")
+        raise typer.Exit(INTERRUPTED) from None
+    table(f"{made['kept']} of {made['asked']} pairs kept", ["dropped because", "pairs"], list(made["dropped"].items()))
+    say(f"{out}: {made['kept']} rows, {made['abstentions']} of them abstain; read some of them, then\n"
+        f"next: llmlab data report {out}, llmlab finetune --data {out} --epochs 3" if made["kept"] else
+        "no pair was kept; next: a larger model, or documents with sentences that state facts")  # fmt: skip
+    json_line(made | {"seconds": round(time.monotonic() - began, 1)})
+
+
 @data_app.command("show")
 def data_show(name: Annotated[str, typer.Argument()] = "reader", rows: Annotated[int, typer.Option(min=1)] = 3) -> None:
     """Print a few training groups as the model sees them."""
@@ -111,6 +173,6 @@ def data_export(file: Annotated[Path, typer.Argument(help="Ends with .jsonl, .cs
                 examples: Annotated[int, typer.Option(min=1)] = 600) -> None:  # fmt: skip
     """Write training examples as chat messages, for other trainers. Example: llmlab data export reader.parquet."""
     from labs.screen import say
-    from pipelines.tune.export import export
+    from pipelines.tune.chats import export
 
     say(f"wrote {export(name, examples, file)} examples to {file}")

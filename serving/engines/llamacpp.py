@@ -22,6 +22,7 @@ from serving.engines.contract import Chat, Launch, Overflow
 if TYPE_CHECKING:
     import httpx
 
+PROMPT_CACHE_MIB = 256  # llama.cpp keeps old prompts in memory, 8 GiB of them if it may: 9 GB after a thousand short requests
 WARNINGS_ONLY = 2  # llama.cpp logs each request at 3
 
 
@@ -113,6 +114,7 @@ def _parameters(options: argparse.Namespace) -> Any:
     parameters.n_gpu_layers = options.gpu_layers
     parameters.use_jinja, parameters.ui, parameters.endpoint_metrics = True, False, True
     parameters.fit_params = False  # or llama.cpp would shrink the context to fit, without an error
+    parameters.cache_ram_mib = PROMPT_CACHE_MIB
     parameters.cors_origins = f"http://{options.host}:{options.port}"  # or any web page could call it from a browser
     parameters.verbosity = WARNINGS_ONLY
     if options.lora:
