@@ -83,6 +83,11 @@ class Plan:
         return self.processes * self.memory_bytes
 
     @property
+    def fits_memory(self) -> bool:
+        """Return True if there is as much memory as is expected to be used."""
+        return self.all_memory_bytes <= self.available_memory_bytes
+
+    @property
     def disk_bytes(self) -> int:
         """Return what is written: weights that have to be fetched, two checkpoints and the result."""
         return self.download_bytes + self.run_bytes
@@ -90,7 +95,7 @@ class Plan:
     def check(self) -> None:
         """Raise `PlanDoesNotFit` with every resource that is short."""
         short = []
-        if self.all_memory_bytes > self.available_memory_bytes:
+        if not self.fits_memory:
             there = f"{_gb(self.available_memory_bytes)} available on {self.device}"
             short.append(f"memory: needs {_gb(self.all_memory_bytes)}, {there}")
         if self.disk_bytes > self.free_disk_bytes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -76,3 +77,26 @@ def test_nothing_is_unpickled_and_no_remote_code_is_trusted() -> None:
             "allow_dangerous_deserialization=True",
         ):
             assert bad not in text, f"{path}: {bad}"
+
+
+@pytest.mark.parametrize("lock", sorted((ROOT / "requirements").glob("*.lock")), ids=lambda path: path.name)
+def test_every_package_is_pinned(lock: Path) -> None:
+    """One tested set of versions for each environment; a range would bring another one on another day."""
+    lines = [line.split("#")[0].strip() for line in lock.read_text().splitlines()]
+    pins = [line for line in lines if line]
+    assert pins and all(re.fullmatch(r"[\w.-]+(\[\w,-]+\])?==[\w.+!-]+", pin) for pin in pins), pins
+
+
+def test_everything_asked_for_is_in_the_lock() -> None:
+    locked = {
+        line.split("==")[0].lower().replace("_", "-") for line in (ROOT / "requirements" / "base.lock").read_text().splitlines()
+    }
+    for line in (ROOT / "requirements" / "base.in").read_text().splitlines():
+        if name := re.match(r"[\w.-]+", line):
+            assert name[0].lower() in locked, line
+
+
+def test_langchain_is_behind_one_door() -> None:
+    """Its modules move between releases; only the adapter of our retriever knows them."""
+    users = {module_name(path) for path in MODULES if re.search(r"^\s*(from|import) langchain", path.read_text(), re.M)}
+    assert users == {"pipelines.rag.retrieve"}

@@ -93,6 +93,12 @@ class _Work:
     resume: bool
     team: Team = ALONE
     prepared: source.Prepared | None = None
+    short_of_memory: bool = False
+
+    @property
+    def checkpointing(self) -> bool:
+        """Return True if activations are computed twice, which gives the same numbers, bit for bit."""
+        return self.recipe.schedule.checkpointing or self.short_of_memory
 
     @property
     def lora(self) -> Lora | None:
@@ -130,8 +136,10 @@ def finetune(job: Job, watcher: Watcher) -> Run:
     watcher.say(f"device: {device.choice} ({device.reason}); recipe: {asked.recipe_name}")
     if not job.rehearse:
         asked = _with_data(asked, job)
-    plan = _plan(asked, job)
+    asked, plan = _fitting(asked, job)
     watcher.plan(plan)
+    if asked.short_of_memory and not job.rehearse:
+        watcher.say("memory is short: activations will be computed twice (schedule.checkpointing), which takes longer")
     if job.rehearse:
         return _rehearse(asked, watcher)
     try:
@@ -143,8 +151,7 @@ def finetune(job: Job, watcher: Watcher) -> Run:
         raise Rehearsed(f"{entry.name} was rehearsed, not tuned (run {run.id}): {problem.came}", problem.expected,
                         f"{problem.next_command}; or make finetune MODEL=smollm2-135m") from None  # fmt: skip
     if asked.prepared is None:  # the weights were fetched just now
-        asked = _with_data(asked, job)
-        plan = _plan(asked, job)
+        asked, plan = _fitting(_with_data(asked, job), job)
         plan.check()
     with draft(KIND, entry.name, asked.config) as work, team(job, job.processes) as together:
         return _tune(replace(asked, team=together), folder, work, watcher, plan)
@@ -152,7 +159,7 @@ def finetune(job: Job, watcher: Watcher) -> Run:
 
 def plan_of(job: Job) -> Plan:
     """Return what a job will need: for its real data where the weights are here, else for the most that its recipe allows."""
-    return _plan(_with_data(_asked(job), job), job)
+    return _fitting(_with_data(_asked(job), job), job)[1]
 
 
 def assist(job: Job, together: Team) -> None:
@@ -187,9 +194,20 @@ def _prepared(asked: _Work, folder: Path) -> source.Prepared:
     return source.prepare(asked.recipe, AutoTokenizer.from_pretrained(folder), asked.device.choice)
 
 
+def _fitting(asked: _Work, job: Job) -> tuple[_Work, Plan]:
+    """Return the job with its plan; with checkpointing if it fits only so."""
+    plan = _plan(asked, job)
+    lighter = replace(asked, short_of_memory=True)
+    if plan.fits_memory or asked.checkpointing or not (planned := _plan(lighter, job)).fits_memory:
+        return asked, plan
+    return lighter, planned
+
+
 def _plan(asked: _Work, job: Job) -> Plan:
     machine = hardware.probe(weights.model_cache())
-    return make_plan(asked.entry, asked.recipe, machine, asked.device.choice, on_disk=weights.is_here(asked.entry),
+    schedule = asked.recipe.schedule.model_copy(update={"checkpointing": asked.checkpointing})
+    recipe = asked.recipe.model_copy(update={"schedule": schedule})
+    return make_plan(asked.entry, recipe, machine, asked.device.choice, on_disk=weights.is_here(asked.entry),
                      lora=asked.lora, quantised=asked.quantised, processes=job.processes,
                      steps=asked.prepared.steps if asked.prepared else None)  # fmt: skip
 
@@ -233,7 +251,7 @@ def _rehearsed(asked: _Work, folder: Path, watcher: Watcher) -> Run:
     schedule = asked.recipe.schedule
     steps = min(schedule.steps or REHEARSAL_STEPS, REHEARSAL_STEPS)
     short = schedule.model_copy(update={"steps": steps, "epochs": None, "max_tokens": 4096})  # its tokenizer knows fewer words
-    asked = replace(asked, recipe=asked.recipe.model_copy(update={"schedule": short}), prepared=None)
+    asked = replace(asked, recipe=asked.recipe.model_copy(update={"schedule": short}), prepared=None, short_of_memory=False)
     with draft(KIND, asked.entry.name, asked.config, rehearsal=True) as work:
         return _tune(asked, folder, work, watcher)
 
@@ -303,7 +321,7 @@ def _load(asked: _Work, folder: Path) -> _Loaded:
 
 def _model(asked: _Work, folder: Path) -> Any:
     """Return the model with what is to be trained requiring gradients."""
-    recipe, checkpointing = asked.recipe, asked.recipe.schedule.checkpointing
+    recipe, checkpointing = asked.recipe, asked.checkpointing
     base = load_base(folder, asked.device.choice, quantised=asked.quantised)
     if asked.start:
         return adapter.resume(

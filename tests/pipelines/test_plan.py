@@ -62,6 +62,17 @@ def test_what_is_short_is_named_with_a_way_out() -> None:
     assert "--rehearse" in str(caught.value)
 
 
+def test_a_job_that_fits_only_with_checkpointing_gets_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    from pipelines import hardware
+    from pipelines.tune.finetune import Job, plan_of
+
+    job = Job("mistral-7b", "qlora", pull=False)
+    needs = {c: plan("mistral-7b", "qlora", f"schedule.checkpointing={c}").memory_bytes for c in ("true", "false")}
+    for memory, planned in ((needs["false"] + GB, "false"), ((needs["true"] + needs["false"]) // 2, "true"), (GB, "false")):
+        monkeypatch.setattr(hardware, "probe", lambda _, memory=memory: Machine(2, (), memory, memory, 100 * GB, ()))
+        assert plan_of(job).memory_bytes == needs[planned]
+
+
 def test_the_table_names_every_part() -> None:
     rows = dict(plan("mistral-7b", "qlora").rows())
     for part in ("weights", "adapter", "gradients", "optimiser", "activations", "KV cache, to serve", "memory", "disk", "time"):
@@ -78,7 +89,6 @@ def test_the_run_keeps_what_was_planned_and_measured(tuned_run: Run) -> None:
 COMBINATIONS = {
     "lora": ("lora",),
     "lora, rank 128": ("lora", "lora.rank=128"),
-    "lora, four at once": ("lora", "schedule.sequences_at_once=4", "schedule.rows_per_step=32"),
     "lora, checkpointing": ("lora", "schedule.checkpointing=true"),
     "qlora": ("qlora", "schedule.rows_per_step=8"),
     "dora": ("dora",),

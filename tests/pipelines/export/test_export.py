@@ -70,7 +70,14 @@ def test_the_exported_model_is_served_in_place_of_its_base(exported: Run) -> Non
         assert client.post("/v1/chat/completions", json=body, timeout=60).json()["usage"]["completion_tokens"] > 0
 
 
-@pytest.mark.parametrize(("model", "recipe"), [("mistral-7b", "qlora"), (MODEL, "dora"), (MODEL, "full")])
+@pytest.mark.parametrize(
+    ("model", "recipe"),
+    [
+        ("mistral-7b", "qlora"),
+        pytest.param(MODEL, "dora", marks=pytest.mark.slow),
+        pytest.param(MODEL, "full", marks=pytest.mark.slow),
+    ],
+)
 def test_every_method_can_be_exported(model: str, recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LLMLAB_RUNS", str(tmp_path))
     run = finetune(Job(model, recipe, ("schedule.rows_per_step=2", "optimiser.learning_rate=0.01"), rehearse=True), Quiet())
@@ -81,6 +88,7 @@ def test_every_method_can_be_exported(model: str, recipe: str, tmp_path: Path, m
     assert made.facts["kl_converted"] < 1e-3
 
 
+@pytest.mark.slow
 def test_a_step_that_moves_the_model_too_far_fails_and_leaves_no_run(
     tuned_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

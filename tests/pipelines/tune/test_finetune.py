@@ -24,7 +24,7 @@ def test_a_run_holds_everything_it_promises(tuned_run: Run) -> None:
     names = {str(p.relative_to(tuned_run.path)) for p in tuned_run.path.rglob("*") if p.is_file()}
     assert names == {
         "config.json", "environment.json", "metrics.jsonl", "loss.png", "template_lock.json", "manifest.json", "proof.json",
-        "adapter.gguf",
+        "plan.json", "adapter.gguf",
         "adapter/adapter_config.json", "adapter/adapter_model.safetensors",
     }  # fmt: skip
     rows = [json.loads(line) for line in (tuned_run.path / "metrics.jsonl").read_text().splitlines()]

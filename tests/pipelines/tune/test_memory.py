@@ -75,6 +75,7 @@ def test_a_training_without_room_goes_down_the_ladder_and_learns_the_same(tiny: 
     assert str(Rung(**kept)) in lines[-1]
 
 
+@pytest.mark.slow
 def test_without_any_room_it_ends_with_a_message(tiny: Path, tmp_path: Path) -> None:
     lines, losses = limited("0", 4000, tiny, tmp_path)
     assert losses == []
