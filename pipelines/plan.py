@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from pipelines import weights
 from pipelines.catalogue import Model
 from pipelines.errors import PlanDoesNotFit
 from pipelines.hardware import Machine
@@ -61,6 +62,7 @@ class Plan:
     activation_bytes: int
     checkpoint_bytes: int
     fixed_bytes: int
+    mapped_bytes: int
     processes: int
     kv_bytes_per_token: int
     available_memory_bytes: int
@@ -76,6 +78,12 @@ class Plan:
         """Return the peak memory of a process: in a step, or while a checkpoint is written, when no gradient is held."""
         held = self.fixed_bytes + self.weight_bytes + self.adapter_bytes + self.optimiser_bytes
         return held + max(self.gradient_bytes + self.activation_bytes, self.checkpoint_bytes)
+
+    @property
+    def resident_bytes(self) -> int:
+        """Return what the system will count: also the file that NF4 was made from, whose pages stay while there is room."""
+        room = self.available_memory_bytes - self.all_memory_bytes
+        return self.memory_bytes + max(0, min(self.mapped_bytes, room // self.processes))
 
     @property
     def all_memory_bytes(self) -> int:
@@ -159,6 +167,7 @@ def make_plan(entry: Model, recipe: Recipe, machine: Machine, device: str, *, on
         trained_parameters=trained, batch=batch, weight_bytes=int(in_nf4 * NF4_BITS / 8 + (base - in_nf4) * size),
         adapter_bytes=4 * own, gradient_bytes=4 * trained, optimiser_bytes=8 * trained,
         activation_bytes=activation_bytes(model, batch, size), checkpoint_bytes=12 * trained,
+        mapped_bytes=_file_bytes(entry) * in_nf4 // base if device == "cpu" else 0,
         fixed_bytes=RUNTIME_BYTES + WORKSPACE_BYTES if device == "cpu" else 0, processes=processes,
         kv_bytes_per_token=2 * 2 * d.layers * d.kv_heads * (d.hidden // d.heads),
         available_memory_bytes=_free_gpu_memory() if device == "cuda" else machine.free_memory_bytes,
@@ -172,7 +181,7 @@ def against(plan: Plan, peak_memory_bytes: int, seconds: float) -> dict[str, Any
     """Return what was planned for a process beside what was measured, for the run and for the screen."""
     return {
         "plan": [list(row) for row in plan.rows()],
-        "memory_bytes": {"planned": plan.memory_bytes, "measured": peak_memory_bytes},
+        "memory_bytes": {"planned": plan.resident_bytes, "measured": peak_memory_bytes},
         "seconds": {"planned": round(plan.seconds, 1), "measured": seconds},
     }
 
@@ -201,13 +210,13 @@ def activation_bytes(model: Any, batch: Batch, size: int) -> int:
     mask = torch.ones(batch.sequences, 1, batch.tokens, batch.tokens, dtype=torch.bool, device="meta")
     inputs = {"input_ids": places, "position_ids": places, "attention_mask": mask, "label_places": labels, "labels": labels}
     kept: dict[int, int] = {}
-    weights = {p.untyped_storage()._cdata for p in model.parameters()}
+    parameters = {p.untyped_storage()._cdata for p in model.parameters()}
     alive = []  # a storage that is gone would lend its address to the next
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         scores = tensor.shape[-2:] == (batch.tokens, batch.tokens) and tensor.is_floating_point()  # fused attention keeps none
-        if storage._cdata not in weights and not scores:
+        if storage._cdata not in parameters and not scores:
             kept[storage._cdata] = storage.nbytes()
             alive.append(tensor)
         return tensor
@@ -246,6 +255,12 @@ def _count(model: Any, *, quantised: bool) -> tuple[int, int, int]:
     linear = [m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "lora_" not in n and "lm_head" not in n]
     return (sum(p.numel() for p in model.parameters()), sum(m.weight.numel() for m in linear) if quantised else 0,
             sum(p.numel() for p in model.parameters() if p.requires_grad))  # fmt: skip
+
+
+def _file_bytes(entry: Model) -> int:
+    """Return the size of the weights on disk, 0 where they are not."""
+    folder = weights.on_disk(entry)
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors")) if folder else 0
 
 
 def _expected_tokens(recipe: Recipe) -> float:

@@ -101,7 +101,7 @@ COMBINATIONS = {
 @pytest.mark.parametrize("name", COMBINATIONS)
 def test_memory_is_planned_within_15_percent(name: str, tmp_path: Path, report_figure: Callable[[str], None]) -> None:
     recipe, *overrides = COMBINATIONS[name]
-    given = [f"--set={o}" for o in (*overrides, "schedule.steps=3", "schedule.checkpoint_every_steps=2")]
+    given = [f"--set={o}" for o in (*overrides, "schedule.steps=2", "schedule.checkpoint_every_steps=1")]
     command = [sys.executable, "-m", "labs", "finetune", MODEL, "--recipe", recipe, "--metrics-port", "none", *given]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | {"LLMLAB_RUNS": str(tmp_path)}, capture_output=True, text=True,
                           check=False)  # fmt: skip
