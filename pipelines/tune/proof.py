@@ -7,7 +7,8 @@ no logit fails; everything else is shown.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -96,11 +97,24 @@ class Probe:
         ]
         batch = self.tokenizer.pad({"input_ids": chats}, return_tensors="pt", padding_side="left").to(model.device)
         model.eval()
-        with torch.inference_mode():
+        with _merged(model), torch.inference_mode():
             made = model.generate(**batch, max_new_tokens=STOP_TOKENS, do_sample=False, pad_token_id=self.tokenizer.pad_token_id,
                                   eos_token_id=self.tokenizer.eos_token_id)  # fmt: skip
         ended = (made[:, batch["input_ids"].shape[1] :] == self.tokenizer.eos_token_id).any(dim=1)
         return float(ended.float().mean())
+
+
+@contextmanager
+def _merged(model: Any) -> Iterator[None]:
+    """Put the adapter into the base for the block, unless that is in 4 bits: DoRA computes its whole weights for each token."""
+    if not hasattr(model, "merge_adapter") or getattr(model, "is_loaded_in_4bit", False):
+        yield
+        return
+    model.merge_adapter()
+    try:
+        yield
+    finally:
+        model.unmerge_adapter()
 
 
 def card(before: Measured, after: Measured, stop_rate: float, servable: dict[str, str]) -> dict[str, Any]:
