@@ -60,7 +60,6 @@ class Plan:
     gradient_bytes: int
     optimiser_bytes: int
     activation_bytes: int
-    checkpoint_bytes: int
     fixed_bytes: int
     mapped_bytes: int
     processes: int
@@ -75,9 +74,9 @@ class Plan:
 
     @property
     def memory_bytes(self) -> int:
-        """Return the peak memory of a process: in a step, or while a checkpoint is written, when no gradient is held."""
+        """Return the peak memory of a process, which is in a step; a checkpoint is written from where the tensors are."""
         held = self.fixed_bytes + self.weight_bytes + self.adapter_bytes + self.optimiser_bytes
-        return held + max(self.gradient_bytes + self.activation_bytes, self.checkpoint_bytes)
+        return held + self.gradient_bytes + self.activation_bytes
 
     @property
     def resident_bytes(self) -> int:
@@ -124,7 +123,6 @@ class Plan:
             ("gradients", _gb(self.gradient_bytes)),
             ("optimiser", f"{_gb(self.optimiser_bytes)} (AdamW)"),
             ("activations", f"{_gb(self.activation_bytes)} (largest step: {at_once})"),
-            ("checkpoint", f"{_gb(self.checkpoint_bytes)} while it is written"),
             ("runtime", _gb(self.fixed_bytes)),
             ("memory", f"{_gb(self.all_memory_bytes)}{each} of {_gb(self.available_memory_bytes)} available on {self.device}"),
             ("KV cache, to serve", f"{1000 * self.kv_bytes_per_token / 1e6:.0f} MB for 1000 tokens"),
@@ -166,7 +164,7 @@ def make_plan(entry: Model, recipe: Recipe, machine: Machine, device: str, *, on
         model=entry.name, method=recipe.method, device=device, parameters=base, quantised_parameters=in_nf4,
         trained_parameters=trained, batch=batch, weight_bytes=int(in_nf4 * NF4_BITS / 8 + (base - in_nf4) * size),
         adapter_bytes=4 * own, gradient_bytes=4 * trained, optimiser_bytes=8 * trained,
-        activation_bytes=activation_bytes(model, batch, size), checkpoint_bytes=12 * trained,
+        activation_bytes=activation_bytes(model, batch, size),
         mapped_bytes=_file_bytes(entry) * in_nf4 // base if device == "cpu" else 0,
         fixed_bytes=RUNTIME_BYTES + WORKSPACE_BYTES if device == "cpu" else 0, processes=processes,
         kv_bytes_per_token=2 * 2 * d.layers * d.kv_heads * (d.hidden // d.heads),
