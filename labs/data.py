@@ -116,9 +116,9 @@ def data_from_docs(
 ) -> None:
     """Have the running server write questions about documents, as rows to tune a reader with; the last line is JSON.
 
-    Rules find answers in English text, the model only words the questions, and whatever fails a check is dropped. Of what
-    SmolLM2-135M keeps, about three quarters is sensible and the rest clumsy or wrong: read the file, delete what you do not
-    want, or serve a larger model. Ctrl-C keeps what is done.
+    Rules find answers in English text, the model only words the questions, and whatever fails a check is dropped. Among
+    what SmolLM2-135M words, some rows are still clumsy or wrong: read the file and delete what you do not want, or serve a
+    larger model. Ctrl-C keeps what is done.
 
     Example: llmlab data from-docs ~/notes --out notes.jsonl && llmlab finetune --data notes.jsonl --epochs 3
     """
