@@ -236,6 +236,24 @@ def test_a_question_is_kept_once(job: Job) -> None:
     made = make(replace(job, round_trip=False), Engine(), Words)
     assert made["dropped"]["question was asked before"] == 1
     assert len({row["question"] for row in rows_of(job)}) == made["kept"]
+    again = replace(job, round_trip=False, out=job.out.with_name("again.jsonl"))
+    for limit in range(1, 6):  # each time it has to know the questions of the times before
+        made_again = make(again, Engine(), Words, limit=limit)
+    assert made_again == made and again.out.read_bytes() == job.out.read_bytes()
+
+
+def test_no_more_is_kept_of_a_chunk_than_asked_for(job: Job) -> None:
+    make(replace(job, per_chunk=1), Engine(), Words)
+    assert [row["source"] for row in sorted(rows_of(job), key=lambda row: row["source"])] == sorted(PAGES)
+
+
+def test_a_limit_takes_a_sample_and_not_the_first_chunks(job: Job) -> None:
+    first = set()
+    for seed in range(6):
+        one = replace(job, seed=seed, out=job.out.with_name(f"{seed}.jsonl"))
+        make(one, Engine(), Words, limit=1)
+        first |= {row["source"] for row in rows_of(one)}
+    assert len(first) > 1
 
 
 def test_the_same_seed_gives_the_same_bytes_and_another_one_another_order(job: Job) -> None:
