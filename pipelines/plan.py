@@ -3,7 +3,7 @@
 The model is built on torch's meta device, which takes no memory, and one step is traced on it: every tensor that autograd
 would keep for the backward pass is counted. With the weights at hand the step is the largest of the real data; otherwise it
 is the largest that the recipe allows. The constants for a CPU were fitted to resident memory measured on this code; a slow
-test compares plan and measurement for eight combinations. The time is arithmetic divided by a speed measured on the spot, so
+test compares plan and measurement for six combinations. The time is arithmetic divided by a speed measured on the spot, so
 it is an order of magnitude, not a promise.
 """
 

@@ -32,11 +32,13 @@ def modelfile(gguf: str, tokenizer: Any, context_tokens: int) -> str:
 
 
 def go_template(tokenizer: Any) -> str:
-    """Return the chat template in Go's language, over .System, .Prompt and .Response."""
+    """Return the chat template in Go's language, over .System, .Prompt and .Response; `ExportFailed` as for `modelfile`."""
+    from jinja2 import TemplateError
+
     alone_head, alone_middle = _around_question(tokenizer, _render(tokenizer, [("user", QUESTION)]))
     try:
         told = _render(tokenizer, [("system", SYSTEM), ("user", QUESTION)])
-    except Exception:  # jinja2's errors, of a template that knows no system turn
+    except TemplateError:  # the template knows no system turn, and says so
         told = ""
     answered = _render(tokenizer, [("user", QUESTION), ("assistant", REPLY)], reply_follows=False)
     end = answered.partition(REPLY)[2]

@@ -17,16 +17,16 @@ from pipelines import catalogue, hardware, runs, weights
 from pipelines.catalogue import Model
 from pipelines.errors import ConfigError, PlanDoesNotFit, RehearsalRefused, Rehearsed, WeightsMissing
 from pipelines.plan import Plan, against, make_plan
-from pipelines.runs import Draft, Run, draft, write_text
+from pipelines.runs import Draft, Run, draft
 from pipelines.tune import adapter, proof, rehearsal, source, template
 from pipelines.tune.parallel import Team, team
 from pipelines.tune.preference import REFERENCE_FILE, Preferences, check_first_loss
 from pipelines.tune.recipe import Lora, Recipe, load_recipe
+from pipelines.tune.record import METRICS, draw_loss, facts_of, keep_rows
 from pipelines.tune.sft import Supervised
 from pipelines.tune.training import ALONE, Objective, Step, Training, as_row
 
 KIND = "finetune"
-METRICS = "metrics.jsonl"
 PLAN_FILE = "plan.json"
 MODEL_FOLDER = "model"
 BEFORE_FILE = "before.safetensors"
@@ -275,7 +275,7 @@ def _tune(asked: _Work, folder: Path, work: Draft, watcher: Watcher, plan: Plan 
     training = Training(model, prepared.steps, recipe, objective, work.scratch, asked.team, watcher.say)
     if training.first_step:
         watcher.say(f"resuming after step {training.first_step} of {len(prepared.steps)}")
-    _keep_rows(work.path / METRICS, training.first_step)
+    keep_rows(work.path / METRICS, training.first_step)
 
     def on_step(step: Step) -> None:
         if step.step == 1 and recipe.method == "dpo":
@@ -291,7 +291,7 @@ def _tune(asked: _Work, folder: Path, work: Draft, watcher: Watcher, plan: Plan 
     _save(asked, model, tokenizer, work)
     rows = [json.loads(line) for line in (work.path / METRICS).read_text(encoding="utf-8").splitlines()]
     draw_loss(rows, f"{asked.entry.name}, {recipe.method}" + (" (rehearsal)" if work.rehearsal else ""), work.path / "loss.png")
-    facts = _facts(rows) | {"logit_change": card["logit_change"], "data_sha256": prepared.sha256}
+    facts = facts_of(rows) | {"logit_change": card["logit_change"], "data_sha256": prepared.sha256}
     if plan:
         planned = against(plan, facts["peak_memory_bytes"], facts["seconds"])
         work.write_json(PLAN_FILE, planned)
@@ -368,34 +368,3 @@ def load_base(folder: Path, device: str, *, quantised: bool) -> Any:
         if hasattr(module, "support_avx512bf16_for_cpu"):  # it would repack the weights for good, in a form that only infers
             module.support_avx512bf16_for_cpu = False
     return model
-
-
-def draw_loss(rows: Sequence[dict[str, Any]], title: str, path: Path) -> None:
-    """Draw the loss of each step and its running mean as PNG."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.add_subplot()
-    steps, losses = [r["step"] for r in rows], [r["loss"] for r in rows]
-    window = max(1, len(losses) // 20)
-    smooth = [sum(losses[max(0, i - window) : i + 1]) / len(losses[max(0, i - window) : i + 1]) for i in range(len(losses))]
-    axes.plot(steps, losses, color="0.75", label="step")
-    axes.plot(steps, smooth, color="tab:blue", label="running mean")
-    axes.set(title=title, xlabel="optimiser step", ylabel="loss (nats per supervised token)", ylim=(0, None))
-    axes.legend()
-    figure.savefig(path, dpi=120)
-
-
-def _keep_rows(path: Path, steps: int) -> None:
-    """Drop the rows after the checkpoint, which will be measured again."""
-    rows = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    write_text(path, "".join(rows[:steps]))
-
-
-def _facts(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    seconds, trained = sum(r["seconds"] for r in rows), sum(r["rows"] for r in rows)
-    return {
-        "steps": len(rows), "rows": trained, "final_loss": sum(r["loss"] for r in rows[-5:]) / len(rows[-5:]),
-        "seconds": round(seconds, 1), "tokens_per_second": round(sum(r["tokens"] for r in rows) / seconds, 1),
-        "rows_per_second": round(trained / seconds, 2), "peak_memory_bytes": max(r["peak_memory_bytes"] for r in rows),
-    }  # fmt: skip

@@ -115,15 +115,11 @@ class Ladder:
         write_text(self._kept, json.dumps(asdict(self.rung)))
         return self.rung
 
-    def parts(self, sequences: Sequence[Packed]) -> list[list[Packed]]:
-        """Return the sequences of a step in the parts that are computed at once."""
+    def divided(self, sequences: Sequence[Packed]) -> list[Packed]:
+        """Return what is computed of a step: its sequences, taken apart, or without those that are too long."""
         rung = self.rung
-        if rung.rows_per_sequence:
-            sequences = [part for p in sequences for part in split(p, rung.rows_per_sequence)]
-        if rung.longest:
-            sequences = [p for p in sequences if len(p.tokens) <= rung.longest]
-        size = rung.sequences_at_once
-        return [list(sequences[first : first + size]) for first in range(0, len(sequences), size)]
+        parts = [part for p in sequences for part in (split(p, rung.rows_per_sequence) if rung.rows_per_sequence else [p])]
+        return [p for p in parts if rung.longest is None or len(p.tokens) <= rung.longest]
 
     def _read(self) -> int:
         try:

@@ -21,7 +21,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pipelines.config import ROOT
-from pipelines.errors import TrainingFailed
+from pipelines.errors import OutOfMemory, TrainingFailed
 
 if TYPE_CHECKING:
     import torch
@@ -158,6 +158,8 @@ def main(job: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the leader decides
     try:
         assist(Job(**json.loads(job)), _join())
+    except OutOfMemory as error:
+        sys.exit(str(error))
     except TrainingFailed:  # the leader is gone, and says why
         pass
 

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from pipelines.errors import TrainingFailed
+from pipelines.errors import OutOfMemory, TrainingFailed
 from pipelines.tune.adapter import checkpoint_activations
 from pipelines.tune.checkpoint import Checkpoints
 from pipelines.tune.memory import Ladder, is_out_of_memory, release
@@ -126,7 +126,7 @@ class Training:
         self.team.spread(self.trained)
         while True:
             torch.manual_seed(self.schedule.seed + step)
-            loss = self._backward_or_none(self.steps[step])
+            loss = self._backward_or_none(self.ladder.divided(self.steps[step]))
             if loss is not None:
                 return self.team.gather(self.trained, loss)
             release(self.model)
@@ -138,8 +138,11 @@ class Training:
         try:
             return self._backward(sequences)
         except Exception as error:  # torch has no error type of its own for a CPU
-            if self.team.size > 1 or not is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
+            if self.team.size > 1:
+                raise OutOfMemory(f"memory ran out in one of {self.team.size} processes, which cannot take a step apart",
+                                  "room for all of them", "the same command without --processes") from None  # fmt: skip
             return None
 
     def _obey_rung(self) -> None:
@@ -153,8 +156,8 @@ class Training:
         rate = learning_rate(self.optimiser_recipe, step, len(self.steps))
         for parameters in self.optimiser.param_groups:
             parameters["lr"] = rate
-        sequences = self.steps[step]
         loss = self._gradient(step)
+        sequences = self.ladder.divided(self.steps[step])
         norm = torch.nn.utils.clip_grad_norm_(self.trained.values(), self.optimiser_recipe.max_gradient_norm)
         if not math.isfinite(loss):
             raise TrainingFailed(f"the loss is {loss} at step {step + 1}", "a finite loss",
@@ -170,9 +173,10 @@ class Training:
 
     def _backward(self, sequences: Sequence[Packed]) -> float:
         """Accumulate this process's part of the gradient of the mean over all terms, a few sequences at a time."""
-        terms, loss = self.objective.count(sequences), 0.0
-        for sequences_at_once in self.ladder.parts(self.team.share(sequences)):
-            part = self.objective.total(self.model, sequences_at_once) / terms
+        terms, loss, size = self.objective.count(sequences), 0.0, self.ladder.rung.sequences_at_once
+        own = self.team.share(sequences)
+        for first in range(0, len(own), size):
+            part = self.objective.total(self.model, own[first : first + size]) / terms
             part.backward()
             loss += float(part.detach())
         return loss

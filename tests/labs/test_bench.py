@@ -17,7 +17,7 @@ from labs.bench import xquad
 from pipelines import catalogue, weights
 from pipelines.config import ROOT
 from pipelines.errors import DataError
-from pipelines.tune import data, rehearsal
+from pipelines.tune import rehearsal
 from tests.conftest import MODEL
 
 COLOURS = ("red", "blue", "green", "grey", "brown", "white")
@@ -27,8 +27,7 @@ COLOURS = ("red", "blue", "green", "grey", "brown", "white")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a shrunk model and with 40 short articles in SQuAD's form."""
     folder = tmp_path_factory.mktemp("bench")
-    texts = [path.read_text(encoding="utf-8") for path in sorted(data.KNOWLEDGE.glob("*.md"))]
-    rehearsal.build(catalogue.runnable(MODEL), texts, folder / "models" / MODEL)
+    rehearsal.build(catalogue.runnable(MODEL), rehearsal.texts(), folder / "models" / MODEL)
     articles = []
     for n in range(40):
         colour = COLOURS[n % len(COLOURS)]

@@ -136,6 +136,15 @@ def test_a_folder_that_is_no_model_is_explained(tmp_path: Path) -> None:
         convert.to_gguf(tmp_path, tmp_path / "x.gguf")
 
 
+def test_the_help_names_every_quantisation() -> None:
+    from typer.testing import CliRunner
+
+    from labs.cli import app
+
+    shown = CliRunner().invoke(app, ["export", "--help"]).output
+    assert all(name in shown for name in choices())
+
+
 @pytest.mark.parametrize("kind", ["Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0", "Q6_K", "Q5_K", "Q4_K"])
 def test_blocks_are_those_of_the_gguf_package(kind: str) -> None:
     """The package quantises the types in blocks of 32 itself, and reads all of them."""

@@ -20,8 +20,7 @@ from tests.conftest import MODEL
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A shrunk Llama with its tokenizer, as the rehearsal makes it."""
-    texts = [p.read_text() for p in sorted(data.KNOWLEDGE.glob("*.md"))]
-    return rehearsal.build(catalogue.runnable(MODEL), texts, tmp_path_factory.mktemp("tiny"))
+    return rehearsal.build(catalogue.runnable(MODEL), rehearsal.texts(), tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="session")

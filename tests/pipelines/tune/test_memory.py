@@ -12,9 +12,11 @@ import pytest
 
 from pipelines.config import ROOT
 from pipelines.errors import OutOfMemory
+from pipelines.tune.adapter import checkpoint_activations
 from pipelines.tune.memory import RUNG_FILE, Ladder, Rung, is_out_of_memory, rungs
 from pipelines.tune.packing import Packed, collate, fit, split
-from pipelines.tune.sft import label_loss
+from pipelines.tune.sft import Supervised, label_loss
+from pipelines.tune.training import Step, Training
 from tests.pipelines.tune.conftest import tiny_model, tiny_recipe
 from tests.pipelines.tune.test_packing import gradients
 
@@ -97,7 +99,7 @@ def test_the_ladder_keeps_the_effective_batch_and_forgets_nothing(tmp_path: Path
             assert "rows over 64 tokens left out" in str(error)
             break
         if seen[-1].longest is None:
-            assert sum(p.rows for part in ladder.parts(steps[0]) for p in part) == sum(t.rows for t in trees[:3])
+            assert sum(p.rows for p in ladder.divided(steps[0])) == sum(t.rows for t in trees[:3])
         assert Ladder(recipe.schedule, steps, tmp_path, divisible=True).rung == seen[-1]  # a resumed training
     assert seen == list(rungs(recipe.schedule, rows, divisible=True))
     assert [r.sequences_at_once for r in seen[:2]] == [2, 1]
@@ -130,3 +132,35 @@ def test_other_errors_are_not_taken_for_memory() -> None:
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**60)
     assert is_out_of_memory(caught.value), caught.value
+
+
+def test_the_loss_without_long_rows_is_the_mean_of_the_others(tiny: Path, trees: list[Packed], tmp_path: Path) -> None:
+    import torch
+
+    longest = sorted(len(part.tokens) for t in trees[:2] for part in split(t, 1))[3]
+    recipe = tiny_recipe("schedule.steps=1", f"schedule.leave_out_over_tokens={longest}")
+    training = Training(tiny_model(tiny, recipe), [trees[:2]], recipe, Supervised(2), tmp_path)
+    while training.ladder.rung.longest is None:
+        training.ladder.down()
+    kept = [part for t in trees[:2] for part in split(t, 1) if len(part.tokens) <= longest]
+    with torch.no_grad():
+        expected = sum(float(label_loss(training.model, collate([p], 2))) for p in kept) / sum(p.supervised for p in kept)
+    steps: list[Step] = []
+    training.run(steps.append)
+    assert steps[0].loss == pytest.approx(expected, rel=1e-5)
+    assert steps[0].rows == len(kept) < sum(t.rows for t in trees[:2])
+
+
+def test_checkpointing_gives_the_same_bits(tiny: Path, trees: list[Packed]) -> None:
+    """So a job may switch it on when memory is short, and off when it is resumed."""
+    import torch
+
+    found = []
+    for checkpointing in (False, True):
+        model = tiny_model(tiny, tiny_recipe("lora.dropout=0.1")).train()
+        if checkpointing:
+            checkpoint_activations(model)
+        torch.manual_seed(3)
+        found.append(gradients(model, lambda model=model: label_loss(model, collate(trees[:1], 2))))
+    assert found[0][0] == found[1][0]
+    assert all(torch.equal(gradient, found[1][1][name]) for name, gradient in found[0][1].items())
