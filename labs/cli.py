@@ -129,7 +129,7 @@ def finetune(
     ] = None,
     start: Annotated[str, typer.Option(help="For dpo: the run whose adapter is tuned further.")] = "latest",
     resume: Annotated[Literal["auto", "never"], typer.Option(help="Go on from the newest checkpoint of this job?")] = "auto",
-    processes: Annotated[int, typer.Option(min=1, max=64, help="How many processes share each step, on a CPU.")] = 1,
+    processes: Annotated[int, typer.Option(min=1, max=64, help="How many processes share each step; on GPUs one for each.")] = 1,
     set_: Overrides = None,
     rehearse: Annotated[bool, typer.Option("--rehearse", help="Rehearse on a shrunk model with random weights.")] = False,
     pull: Annotated[Literal["auto", "never"], typer.Option(help="May weights be fetched?")] = "auto",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -91,6 +92,13 @@ def choose_device() -> Choice:
     return Choice("cpu", "no GPU is present")
 
 
+def cuda_devices() -> int:
+    """Return how many GPUs torch can use."""
+    import torch
+
+    return int(torch.cuda.device_count())
+
+
 def choose_engine(requested: str) -> Choice:
     """Return the engine that serves: "vllm" on a GPU where it is installed, "llamacpp" otherwise.
 
@@ -125,6 +133,20 @@ def use_all_cores(processes: int = 1) -> int:
     threads = max(1, probe().cpus // processes)
     torch.set_num_threads(threads)
     return threads
+
+
+def peak_resident_bytes() -> int:
+    """Return the peak resident memory of this process; on Linux without that of the program that started it.
+
+    getrusage(2) counts, after an exec, also what the parent held, so it is asked only where there is no /proc.
+    """
+    import resource
+
+    try:
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM:"))
 
 
 def _existing(path: Path) -> Path:

@@ -86,8 +86,8 @@ class Plan:
 
     @property
     def all_memory_bytes(self) -> int:
-        """Return the peak memory of all processes."""
-        return self.processes * self.memory_bytes
+        """Return the peak memory on the device: on a CPU of all processes; of several GPUs each has one process."""
+        return self.memory_bytes * (self.processes if self.device == "cpu" else 1)
 
     @property
     def fits_memory(self) -> bool:
@@ -114,7 +114,7 @@ class Plan:
         """Return the plan as (what, value) for a table."""
         how = "NF4, double quantisation" if self.quantised_parameters else "not quantised"
         b = self.batch
-        each = f" in {self.processes} processes" if self.processes > 1 else ""
+        each = "" if self.processes == 1 else f" in {self.processes} processes" if self.device == "cpu" else " on each GPU"
         at_once = (f"{b.sequences} x " if b.sequences > 1 else "") + f"{b.tokens} tokens, {b.labels} labels"
         return [
             ("parameters", f"{self.parameters / 1e9:.3f} B, {self.trained_parameters / 1e6:.1f} M of them trained"),
@@ -144,7 +144,7 @@ def make_plan(entry: Model, recipe: Recipe, machine: Machine, device: str, *, on
         on_disk: nothing has to be fetched.
         quantised: the base is in NF4; for dpo as in the run that it goes on with.
         lora: the shape of the adapter, for dpo of the one that it goes on with; None if there is none or it is not known yet.
-        processes: how many hold all of it.
+        processes: how many hold all of it, or of the frozen layers a share each, if the recipe says so.
         steps: what is learnt, if the tokenizer is at hand; None takes the most that the recipe allows.
     """
     assert entry.dimensions and entry.weights  # runnable
@@ -154,6 +154,7 @@ def make_plan(entry: Model, recipe: Recipe, machine: Machine, device: str, *, on
     batch = largest(steps, s.sequences_at_once) if steps else Batch(s.sequences_at_once, s.max_tokens, round(
         LABEL_SHARE * s.sequences_at_once * s.max_tokens))  # fmt: skip
     size = 2 if device == "cuda" else 4
+    spread = _spread(model, processes) if s.shard_weights and processes > 1 else 0
     base = total if recipe.method == "full" else total - trained
     own = 0 if recipe.method == "full" else trained
     d = entry.dimensions
@@ -162,7 +163,7 @@ def make_plan(entry: Model, recipe: Recipe, machine: Machine, device: str, *, on
     speed = measured_flops(device) * (MATMUL_SHARE if device == "cpu" else 1)
     return Plan(
         model=entry.name, method=recipe.method, device=device, parameters=base, quantised_parameters=in_nf4,
-        trained_parameters=trained, batch=batch, weight_bytes=int(in_nf4 * NF4_BITS / 8 + (base - in_nf4) * size),
+        trained_parameters=trained, batch=batch, weight_bytes=int(in_nf4 * NF4_BITS / 8 + (base - in_nf4 - spread) * size),
         adapter_bytes=4 * own, gradient_bytes=4 * trained, optimiser_bytes=8 * trained,
         activation_bytes=activation_bytes(model, batch, size),
         mapped_bytes=_file_bytes(entry) * in_nf4 // base if device == "cpu" else 0,
@@ -253,6 +254,14 @@ def _count(model: Any, *, quantised: bool) -> tuple[int, int, int]:
     linear = [m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "lora_" not in n and "lm_head" not in n]
     return (sum(p.numel() for p in model.parameters()), sum(m.weight.numel() for m in linear) if quantised else 0,
             sum(p.numel() for p in model.parameters() if p.requires_grad))  # fmt: skip
+
+
+def _spread(model: Any, processes: int) -> int:
+    """Return how many frozen weights of a sharded model a process does not hold: two layers at a time are whole."""
+    layers = model.get_base_model().get_decoder().layers
+    frozen = [sum(p.numel() for p in layer.parameters() if not p.requires_grad) for layer in layers]
+    spread: int = sum(frozen) * (processes - 1) // processes - 2 * max(frozen)
+    return max(0, spread)
 
 
 def _file_bytes(entry: Model) -> int:

@@ -129,10 +129,7 @@ def finetune(job: Job, watcher: Watcher) -> Run:
     """
     asked = _asked(job)
     entry, device = asked.entry, asked.device
-    if job.processes > 1 and (job.rehearse or device.choice != "cpu" or asked.recipe.method == "dpo"):
-        what = "a rehearsal" if job.rehearse else f"{asked.recipe.method} on {device.choice}"
-        raise ConfigError(f"{job.processes} processes were asked for, for {what}", "a supervised method on a CPU",
-                          "the same command without --processes")  # fmt: skip
+    _check_processes(job, asked.recipe, device.choice)
     watcher.say(f"device: {device.choice} ({device.reason}); recipe: {asked.recipe_name}")
     if not job.rehearse:
         asked = _with_data(asked, job)
@@ -168,8 +165,15 @@ def assist(job: Job, together: Team) -> None:
     together.meet()  # the leader has made what is made once: converted weights, embeddings
     loaded = _load(asked, weights.obtain(asked.entry, pull=False, say=lambda _: None))
     objective = Supervised(loaded.tokenizer.pad_token_id)
+    probe = proof.Probe(loaded.tokenizer, loaded.prepared.held_out)
+    measured = together.agree(0)
+    if together.sharded and not measured:
+        probe.measure(loaded.model)
     with tempfile.TemporaryDirectory() as nothing:  # checkpoints are the leader's
         Training(loaded.model, loaded.prepared.steps, asked.recipe, objective, Path(nothing), together).assist()
+    if together.sharded:
+        probe.measure(loaded.model)
+        probe.stop_rate(loaded.model)
 
 
 def _asked(job: Job) -> _Work:
@@ -178,6 +182,19 @@ def _asked(job: Job) -> _Work:
     recipe = load_recipe(recipe_name, job.overrides)
     source.check(recipe)
     return _Work(entry, recipe, recipe_name, None, hardware.choose_device(), job.resume)
+
+
+def _check_processes(job: Job, recipe: Recipe, device: str) -> None:
+    if job.processes == 1:
+        return
+    if job.rehearse or recipe.method == "dpo":
+        what = "a rehearsal" if job.rehearse else recipe.method
+        raise ConfigError(f"{job.processes} processes were asked for, for {what}", "a supervised method on real weights",
+                          "the same command without --processes")  # fmt: skip
+    gpus = hardware.cuda_devices() if device == "cuda" else job.processes
+    if gpus < job.processes:
+        raise ConfigError(f"{job.processes} processes were asked for", f"at most one for each GPU that torch can use, {gpus}",
+                          f"--processes {gpus}")  # fmt: skip
 
 
 def _with_data(asked: _Work, job: Job) -> _Work:
@@ -270,6 +287,7 @@ def _tune(asked: _Work, folder: Path, work: Draft, watcher: Watcher, plan: Plan 
         watcher.say(note)
     watcher.say(f"{prepared.rows} rows in {len(prepared.steps)} steps, {prepared.supervised} supervised tokens")
     probe = proof.Probe(tokenizer, prepared.held_out)
+    asked.team.agree((work.scratch / BEFORE_FILE).is_file())  # of a sharded model, helpers measure with the leader
     before = probe.before(model, work.scratch / BEFORE_FILE)
     objective = _objective(asked, model, prepared, tokenizer, work)
     training = Training(model, prepared.steps, recipe, objective, work.scratch, asked.team, watcher.say)
@@ -320,17 +338,21 @@ def _load(asked: _Work, folder: Path) -> _Loaded:
 
 
 def _model(asked: _Work, folder: Path) -> Any:
-    """Return the model with what is to be trained requiring gradients."""
+    """Return the model with what is to be trained requiring gradients; of a sharded one, this process's share."""
     recipe, checkpointing = asked.recipe, asked.checkpointing
-    base = load_base(folder, asked.device.choice, quantised=asked.quantised)
+    shard = recipe.schedule.shard_weights and asked.team.size > 1
+    base = load_base(folder, asked.device.choice, quantised=asked.quantised, in_main_memory=shard)
     if asked.start:
         return adapter.resume(
             base, asked.start.path / adapter.ADAPTER_FOLDER, quantised=asked.quantised, checkpointing=checkpointing
         )
     if recipe.lora is None:
         return adapter.ready(base, quantised=False, checkpointing=checkpointing)
-    return adapter.attach(base, recipe.lora, asked.entry.target_modules, quantised=asked.quantised,
-                          dora=recipe.method == "dora", checkpointing=checkpointing)  # fmt: skip
+    model = adapter.attach(base, recipe.lora, asked.entry.target_modules, quantised=asked.quantised,
+                           dora=recipe.method == "dora", checkpointing=checkpointing)  # fmt: skip
+    if shard:
+        asked.team.shard(model)
+    return model
 
 
 def _objective(asked: _Work, model: Any, prepared: source.Prepared, tokenizer: Any, work: Draft) -> Objective:
@@ -351,8 +373,15 @@ def _save(asked: _Work, model: Any, tokenizer: Any, work: Draft) -> None:
         adapter.to_gguf(work.path / adapter.ADAPTER_FOLDER, model.config, work.path / adapter.GGUF_FILE)
 
 
-def load_base(folder: Path, device: str, *, quantised: bool) -> Any:
-    """Load a causal language model: bfloat16 on "cuda", float32 on "cpu"; NF4 projections if `quantised`."""
+def load_base(folder: Path, device: str, *, quantised: bool, in_main_memory: bool = False) -> Any:
+    """Load a causal language model: bfloat16 on "cuda", float32 on "cpu"; NF4 projections if `quantised`.
+
+    Args:
+        folder: of the weights.
+        device: "cuda" is the current one.
+        quantised: make the projections NF4.
+        in_main_memory: leave it there, in the form that suits the device.
+    """
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -363,7 +392,8 @@ def load_base(folder: Path, device: str, *, quantised: bool) -> Any:
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=kind
         )
     with weights.quiet_loading():
-        model = AutoModelForCausalLM.from_pretrained(folder, device_map={"": device}, **settings)
+        place = torch.cuda.current_device() if device == "cuda" and not in_main_memory else "cpu"
+        model = AutoModelForCausalLM.from_pretrained(folder, device_map={"": place}, **settings)
     for module in model.modules() if quantised else ():
         if hasattr(module, "support_avx512bf16_for_cpu"):  # it would repack the weights for good, in a form that only infers
             module.support_avx512bf16_for_cpu = False

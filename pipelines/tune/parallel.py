@@ -2,9 +2,11 @@
 
 The leader is the process that runs the job; helpers hold the same model and the same steps, receive what is trained before
 each step and send their gradient back, so checkpoints, figures and files stay the leader's alone, and a helper that dies
-loses nothing. Sums are those of one process up to rounding. Transport and device come from accelerate (gloo on a CPU).
+loses nothing. Sums are those of one process up to rounding. Transport and device come from accelerate (gloo on a CPU, NCCL on
+GPUs, one for each process). With `schedule.shard_weights` each process holds only its share of the frozen layers.
 
     make finetune NPROC=2        # llmlab finetune --processes 2
+    make finetune MODEL=mistral-7b RECIPE=lora-fsdp NPROC=4
 """
 
 from __future__ import annotations
@@ -38,20 +40,51 @@ class Team:
     Attributes:
         rank: 0 for the leader.
         size: how many there are.
+        device: "cpu" or "cuda"; of the latter each has its own.
+        sharded: the layers are spread over all, so every pass through the model is made by all at once.
     """
 
-    def __init__(self, rank: int = LEADER, size: int = 1) -> None:
-        self.rank, self.size = rank, size
+    def __init__(self, rank: int = LEADER, size: int = 1, device: str = "cpu") -> None:
+        self.rank, self.size, self.device, self.sharded = rank, size, device, False
 
-    def share(self, sequences: Sequence[T]) -> Sequence[T]:
-        """Return the sequences that this process computes."""
-        return sequences[self.rank :: self.size]
+    def shard(self, model: Any) -> None:
+        """Spread the frozen weights of each decoder layer over the processes; a layer is whole only while it computes.
+
+        FSDP2 (Zhao et al. 2023, arXiv 2304.11277). What is trained, embeddings and the last norm stay whole everywhere: an
+        adapter is small, and its gradients go the same way as without shards.
+
+        Args:
+            model: a PEFT model with plain weights, in main memory; afterwards on this process's device.
+        """
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        decoder = model.get_base_model().get_decoder()
+        spread = {p for layer in decoder.layers for p in layer.parameters() if not p.requires_grad}
+        whole = {p for p in model.parameters() if p not in spread}
+        mesh = init_device_mesh(self.device, (self.size,))
+        for layer in decoder.layers:
+            fully_shard(layer, mesh=mesh, ignored_params=whole)
+        fully_shard(decoder, mesh=mesh, ignored_params=whole)  # it holds nothing, and fetches a layer ahead of its turn
+        for p in whole:
+            p.data = p.data.to(self.device)
+        self.sharded = True
+
+    def rounds(self, sequences: Sequence[T], at_once: int) -> Iterator[tuple[Sequence[T], float]]:
+        """Yield (sequences that this process computes together, weight of their loss).
+
+        Of a sharded model all make equally many passes; those who have nothing left make one that weighs nothing.
+        """
+        own = sequences[self.rank :: self.size]
+        passes = -(-len(sequences) // self.size) if self.sharded else len(own)
+        for first in range(0, passes, at_once):
+            yield (own[first : first + at_once], 1.0) if first < len(own) else (sequences[:1], 0.0)
 
     def agree(self, number: int) -> int:
         """Return the leader's number."""
         import torch
 
-        value = torch.tensor(number)
+        value = torch.tensor(number, device=self.device)
         self._collect(lambda distributed: distributed.broadcast(value, LEADER))
         return int(value)
 
@@ -133,7 +166,7 @@ def _join() -> Team:
     from pipelines import hardware
 
     state = PartialState(cpu=hardware.choose_device().choice == "cpu")
-    return Team(state.process_index, state.num_processes)
+    return Team(state.process_index, state.num_processes, state.device.type)
 
 
 def _leave() -> None:

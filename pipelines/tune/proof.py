@@ -65,7 +65,7 @@ class Probe:
 
         model.eval()
         losses = {name: mean_loss(model, rows, self.tokenizer.pad_token_id) for name, rows in self.sequences.items()}
-        with torch.inference_mode():
+        with torch.no_grad():
             logits = [model(input_ids=torch.tensor([ids], device=model.device), logits_to_keep=1).logits[0, -1]
                       for ids in self.golden]  # fmt: skip
         return Measured(losses, torch.stack(logits).float().cpu())
@@ -97,7 +97,7 @@ class Probe:
         ]
         batch = self.tokenizer.pad({"input_ids": chats}, return_tensors="pt", padding_side="left").to(model.device)
         model.eval()
-        with _merged(model), torch.inference_mode():
+        with _merged(model), torch.no_grad():
             made = model.generate(**batch, max_new_tokens=STOP_TOKENS, do_sample=False, pad_token_id=self.tokenizer.pad_token_id,
                                   eos_token_id=self.tokenizer.eos_token_id)  # fmt: skip
         ended = (made[:, batch["input_ids"].shape[1] :] == self.tokenizer.eos_token_id).any(dim=1)
@@ -106,8 +106,14 @@ class Probe:
 
 @contextmanager
 def _merged(model: Any) -> Iterator[None]:
-    """Put the adapter into the base for the block, unless that is in 4 bits: DoRA computes its whole weights for each token."""
-    if not hasattr(model, "merge_adapter") or getattr(model, "is_loaded_in_4bit", False):
+    """Put the adapter into the base for the block, for DoRA computes its whole weights for each token otherwise.
+
+    A base in 4 bits, or spread over processes, stays as it is.
+    """
+    from torch.distributed.tensor import DTensor
+
+    spread = any(isinstance(p, DTensor) for p in model.parameters())
+    if spread or not hasattr(model, "merge_adapter") or getattr(model, "is_loaded_in_4bit", False):
         yield
         return
     model.merge_adapter()

@@ -37,6 +37,9 @@ class Schedule(Config):
     max_tokens: int = Field(ge=64, description="longest packed sequence; a row that is longer is an error, never cut")
     sequences_at_once: int = Field(ge=1, description="packed sequences computed together; the gradient stays the same")
     checkpointing: bool = Field(description="compute activations twice instead of keeping them")
+    shard_weights: bool = Field(
+        default=False, description="of several processes each keeps a share of every frozen layer; for plain weights (FSDP2)"
+    )
     leave_out_over_tokens: int | None = Field(
         default=None, ge=16, description="if memory runs out otherwise, rows of a step that are longer may be left out"
     )
@@ -76,6 +79,8 @@ class Recipe(Config):
                 ": it goes on with the adapter of a run" if self.method == "dpo" else ""))  # fmt: skip
         if (self.preference is None) != (self.method != "dpo"):
             raise ValueError("a preference section belongs to method dpo, and to no other")
+        if self.schedule.shard_weights and self.method not in ("lora", "dora"):
+            raise ValueError(f"shard_weights goes with methods lora and dora: {self.method} has no plain, frozen base of its own")
         return self
 
     @property

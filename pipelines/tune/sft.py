@@ -52,5 +52,5 @@ def mean_loss(model: Any, sequences: Sequence[Packed], pad_token: int) -> float:
     import torch
 
     objective = Supervised(pad_token)
-    with torch.inference_mode():
+    with torch.no_grad():  # inference mode would leave its mark on the shared layers of a sharded model
         return sum(float(objective.total(model, [p])) for p in sequences) / max(1, objective.count(sequences))

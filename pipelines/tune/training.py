@@ -119,24 +119,26 @@ class Training:
             self._gradient(step)
             self.model.zero_grad(set_to_none=True)
 
-    def _gradient(self, step: int) -> float:
-        """Leave the gradient of a step in the leader's parameters and return its loss."""
+    def _gradient(self, step: int) -> tuple[float, Sequence[Packed]]:
+        """Leave the gradient of a step in the leader's parameters; return its loss and what it was computed on."""
         import torch
 
         self.team.spread(self.trained)
         while True:
             torch.manual_seed(self.schedule.seed + step)
-            loss = self._backward_or_none(self.ladder.divided(self.steps[step]))
-            if loss is not None:
-                return self.team.gather(self.trained, loss)
+            done = self._backward_or_none(self.steps[step])
+            if done is not None:
+                loss, sequences = done
+                return self.team.gather(self.trained, loss), sequences
             release(self.model)
             self.say(f"memory ran out in step {step + 1}; the same step again with {self.ladder.down()}")
             self._obey_rung()
 
-    def _backward_or_none(self, sequences: Sequence[Packed]) -> float | None:
-        """Return the loss, or None if memory ran out; then nothing of the step is referred to any more."""
+    def _backward_or_none(self, step: Sequence[Packed]) -> tuple[float, Sequence[Packed]] | None:
+        """Return the loss and its sequences, or None if memory ran out; then nothing of the step is referred to any more."""
         try:
-            return self._backward(sequences)
+            sequences = self.ladder.divided(step)
+            return self._backward(sequences), sequences
         except Exception as error:  # torch has no error type of its own for a CPU
             if not is_out_of_memory(error):
                 raise
@@ -156,8 +158,7 @@ class Training:
         rate = learning_rate(self.optimiser_recipe, step, len(self.steps))
         for parameters in self.optimiser.param_groups:
             parameters["lr"] = rate
-        loss = self._gradient(step)
-        sequences = self.ladder.divided(self.steps[step])
+        loss, sequences = self._gradient(step)
         norm = torch.nn.utils.clip_grad_norm_(self.trained.values(), self.optimiser_recipe.max_gradient_norm)
         if not math.isfinite(loss):
             raise TrainingFailed(f"the loss is {loss} at step {step + 1}", "a finite loss",
@@ -173,10 +174,9 @@ class Training:
 
     def _backward(self, sequences: Sequence[Packed]) -> float:
         """Accumulate this process's part of the gradient of the mean over all terms, a few sequences at a time."""
-        terms, loss, size = self.objective.count(sequences), 0.0, self.ladder.rung.sequences_at_once
-        own = self.team.share(sequences)
-        for first in range(0, len(own), size):
-            part = self.objective.total(self.model, own[first : first + size]) / terms
+        terms, loss = self.objective.count(sequences), 0.0
+        for together, weight in self.team.rounds(sequences, self.ladder.rung.sequences_at_once):
+            part = self.objective.total(self.model, together) * (weight / terms)
             part.backward()
             loss += float(part.detach())
         return loss
@@ -252,11 +252,9 @@ def peak_memory_bytes(device: str) -> int:
 
     if device == "cuda":
         return int(torch.cuda.max_memory_allocated())
-    import resource
-    import sys
+    from pipelines import hardware
 
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return hardware.peak_resident_bytes()
 
 
 def as_row(step: Step) -> dict[str, Any]:

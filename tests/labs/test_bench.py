@@ -102,6 +102,7 @@ def test_scores_take_the_best_answer() -> None:
     assert scores.f1 == pytest.approx((1 + 2 / 3) / 2)
 
 
+@pytest.mark.slow
 def test_replies_are_those_of_generate() -> None:
     """Prefixes once, questions side by side, finished ones dropped: the tokens are those of transformers, one by one."""
     import torch

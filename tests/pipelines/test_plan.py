@@ -54,6 +54,14 @@ def test_memory_grows_with_what_is_held_and_shrinks_with_checkpointing() -> None
     assert plan(MODEL, "lora", processes=3).all_memory_bytes == 3 * plan(MODEL, "lora").memory_bytes
 
 
+def test_shards_divide_the_frozen_layers() -> None:
+    shapes = {n: plan("mistral-7b", "lora-fsdp", processes=n).weight_bytes for n in (1, 2, 8)}
+    layer, layers = 4 * 218_112_000, 32  # 218.1 M weights in a layer, two of which are whole at a time
+    rest = shapes[1] - layers * layer
+    for processes in (2, 8):
+        assert shapes[processes] == pytest.approx(rest + layers * layer / processes + 2 * layer, rel=0.001)
+
+
 def test_what_is_short_is_named_with_a_way_out() -> None:
     plan(MODEL, "lora").check()
     with pytest.raises(PlanDoesNotFit, match="memory: needs .* available on cpu; disk: needs") as caught:

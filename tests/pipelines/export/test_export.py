@@ -28,6 +28,7 @@ def exported(tuned_run: Run) -> Run:
     return job.export(tuned_run, "q8_0", silent)
 
 
+@pytest.mark.slow
 def test_merging_and_converting_change_nothing_and_eight_bits_little(exported: Run) -> None:
     found = exported.json(job.DIVERGENCE_FILE)
     assert found["merged"]["mean"] < 1e-5 and found["merged"]["same_first_choice"] == 1
@@ -36,6 +37,7 @@ def test_merging_and_converting_change_nothing_and_eight_bits_little(exported: R
     assert found["merged"]["prompts"] >= 10
 
 
+@pytest.mark.slow
 def test_the_exported_run_holds_both_forms_and_names_what_it_is_made_of(exported: Run, tuned_run: Run) -> None:
     import gguf
     from transformers import AutoTokenizer
@@ -53,6 +55,7 @@ def test_the_exported_run_holds_both_forms_and_names_what_it_is_made_of(exported
     assert (exported.path / file).stat().st_size < 0.4 * (exported.path / "model" / "model.safetensors").stat().st_size
 
 
+@pytest.mark.slow
 def test_the_exported_model_is_served_in_place_of_its_base(exported: Run) -> None:
     import httpx
 
@@ -112,6 +115,7 @@ def test_a_step_that_moves_the_model_too_far_fails_and_leaves_no_run(
     assert not list(tmp_path.glob("export/*/[0-9]*"))
 
 
+@pytest.mark.slow
 def test_what_cannot_be_exported_is_refused(exported: Run, tuned_run: Run) -> None:
     with pytest.raises(UnknownName, match="one of f16, q8_0"):
         job.export(tuned_run, "q3", silent)
@@ -192,6 +196,7 @@ def go(template: str, system: str, prompt: str, response: str) -> str:
     return chosen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", [MODEL, "mistral-7b"])
 @pytest.mark.parametrize("system", ["", "Be brief."])
 def test_ollamas_template_says_what_the_chat_template_says(model: str, system: str, exported: Run) -> None:

@@ -79,7 +79,7 @@ def test_a_training_without_room_goes_down_the_ladder_and_learns_the_same(tiny: 
 
 @pytest.mark.slow
 def test_without_any_room_it_ends_with_a_message(tiny: Path, tmp_path: Path) -> None:
-    lines, losses = limited("0", 4000, tiny, tmp_path)
+    lines, losses = limited("8", 4000, tiny, tmp_path)
     assert losses == []
     text = "\n".join(lines)
     assert "with one sequence at once, at most 1 rows in it, checkpointing" in text

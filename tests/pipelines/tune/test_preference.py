@@ -92,6 +92,7 @@ def test_preferences_are_learnt(tiny: Path, tokenizer: Any, tmp_path: Path) -> N
     assert [again.reference[p] for p in pairs] == kept, "the reference is that of the first start, not of the tuned model"
 
 
+@pytest.mark.slow
 def test_the_job_goes_on_with_the_adapter_of_the_supervised_run(tuned_run: Run) -> None:
     quiet = Quiet()
     run = finetune(Job(MODEL, "dpo", ("schedule.steps=2", "schedule.rows_per_step=2"), start=tuned_run.id, pull=False), quiet)

@@ -13,13 +13,16 @@ from pipelines.tune import adapter
 from pipelines.tune.finetune import Job, finetune, load_base
 from pipelines.tune.recipe import load_recipe
 from serving.tuned import adapter_of
-from tests.conftest import Quiet
+from tests.conftest import MODEL, Quiet
 
-MODELS = [m.name for m in catalogue.all_models() if m.runnable]
+MODELS = [m for m in catalogue.all_models() if m.runnable]
+MATRIX = [
+    pytest.param(recipe, m.name, marks=[] if m.name == MODEL or recipe == m.default_recipe else pytest.mark.slow)
+    for recipe in names("recipes") for m in MODELS
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("recipe", names("recipes"))
+@pytest.mark.parametrize(("recipe", "model"), MATRIX)
 def test_every_recipe_goes_through_with_every_model(
     recipe: str, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -49,6 +52,7 @@ def test_every_recipe_goes_through_with_every_model(
         ("dpo", "preference=null", "preference section"),
         ("lora", "preference={beta: 0.1}", "preference section"),
         ("lora", "schedule.epochs=1", "either steps or epochs"),
+        ("qlora", "schedule.shard_weights=true", "shard_weights goes with methods lora and dora"),
     ],
 )
 def test_parts_that_do_not_fit_the_method_are_refused(recipe: str, override: str, message: str) -> None:
@@ -58,7 +62,7 @@ def test_parts_that_do_not_fit_the_method_are_refused(recipe: str, override: str
 
 def test_data_that_is_neither_set_nor_file_is_refused() -> None:
     with pytest.raises(ConfigError, match="reader"):
-        finetune(Job(MODELS[0], "lora", ("data=readr",), rehearse=True), Quiet())
+        finetune(Job(MODEL, "lora", ("data=readr",), rehearse=True), Quiet())
 
 
 def test_a_target_that_is_no_projection_is_refused(tiny: Path) -> None:
