@@ -40,6 +40,7 @@ class Gpu:
 
     name: str
     memory_bytes: int
+    free_memory_bytes: int
     driver: str
 
 
@@ -165,10 +166,14 @@ def _cpu_features() -> tuple[str, ...]:
 
 @cache
 def _gpus() -> tuple[Gpu, ...]:
-    query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader,nounits"]
+    query = ["nvidia-smi", "--query-gpu=name,memory.total,memory.free,driver_version", "--format=csv,noheader,nounits"]
     try:
         answer = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True).stdout
     except (OSError, subprocess.SubprocessError):
         return ()
-    rows = [line.rsplit(", ", 2) for line in answer.strip().splitlines()]
-    return tuple(Gpu(name, int(mib) * 2**20 if mib.isdigit() else 0, driver) for name, mib, driver in rows)
+    rows = [line.rsplit(", ", 3) for line in answer.strip().splitlines()]
+    return tuple(Gpu(name, _bytes(total), _bytes(free), driver) for name, total, free, driver in rows)
+
+
+def _bytes(mib: str) -> int:
+    return int(mib) * 2**20 if mib.isdigit() else 0

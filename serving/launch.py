@@ -23,7 +23,7 @@ from pipelines import catalogue
 from pipelines.catalogue import Model
 from pipelines.config import ROOT
 from pipelines.errors import ConfigError, EngineError
-from pipelines.hardware import Choice, choose_engine, probe
+from pipelines.hardware import Choice, Machine, choose_engine, probe
 from pipelines.runs import Run
 from serving import engines
 from serving.address import check_free, listen
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 Say = Callable[[str], None]
 WORK = ROOT / ".cache" / "serve"
 ENGINE_HOST = "127.0.0.1"  # the engine has no limits and no authentication: only the gateway talks to it
+GPU_RESERVE = 0.03  # of its memory, which vLLM's own start takes before it looks
 STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")
 
 
@@ -145,9 +146,16 @@ def _supervisor(model: Model, config: ServeConfig, choice: Choice, run: Run | No
         threads=machine.cpus,
         gpu=bool(machine.gpus) and choice.choice == "vllm",
         work=WORK / f"{choice.choice}-{port}",
+        gpu_memory_share=_gpu_memory_share(config, machine),
     )
     set_engine(choice.choice, choice.reason)
     return Supervisor(engine, launch, config.startup_seconds, config.restart)
+
+
+def _gpu_memory_share(config: ServeConfig, machine: Machine) -> float:
+    """Return the wanted share, or, of a GPU that others use too, what is free but for a reserve."""
+    free = [gpu.free_memory_bytes / gpu.memory_bytes for gpu in machine.gpus[:1] if gpu.free_memory_bytes]
+    return max(0.05, min([config.gpu_memory_share, *(round(share - GPU_RESERVE, 2) for share in free)]))
 
 
 def _server(service: Service, drain_seconds: int) -> uvicorn.Server:

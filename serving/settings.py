@@ -38,6 +38,7 @@ class ServeConfig(Config):
     rag: str = Field(min_length=1, description="names the file of configs/rag that the index was built with")
     context_tokens: int = Field(ge=256)
     slots: Slots
+    gpu_memory_share: float = Field(gt=0, le=1, description="of a GPU's memory, for weights and cache of vLLM")
     max_k: int = Field(ge=1, le=50, description="the retriever gives no more than 50 passages")
     max_question_chars: int = Field(ge=1)
     max_body_bytes: int = Field(ge=1024)

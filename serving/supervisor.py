@@ -97,11 +97,14 @@ class Supervisor:
 
     def log_tail(self) -> str:
         """Return the last lines of the engine's log."""
-        try:
-            lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
-        except OSError:
-            return "(no log)"
+        lines = self._log_text().splitlines() or ["(no log)"]
         return "\n".join(f"    {line}" for line in lines[-LOG_TAIL_LINES:])
+
+    def _log_text(self) -> str:
+        try:
+            return self.log.read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            return ""
 
     def _keep_running(self) -> None:
         failures = 0
@@ -148,6 +151,10 @@ class Supervisor:
             raise self._failure(f"{self.engine.name} ended while it started")
 
     def _failure(self, came: str) -> EngineError:
+        log = self._log_text()
+        known = self.engine.trouble(log)
+        if known:
+            return EngineError(f"{came}: {known.came} (all of it: {self.log})", known.expected, known.next_command)
         return EngineError(
             f"{came}; the end of {self.log}:\n{self.log_tail()}", "an engine that answers its health check", "make doctor"
         )

@@ -48,6 +48,7 @@ class Launch:
         slots: sequences generated at once.
         threads: CPU threads.
         gpu: True to generate on a GPU.
+        gpu_memory_share: of the GPU's memory, that the engine may fill; 0..1.
         work: folder for the engine's log; its working directory.
     """
 
@@ -61,6 +62,7 @@ class Launch:
     threads: int
     gpu: bool
     work: Path
+    gpu_memory_share: float = 0.9
 
     @property
     def url(self) -> str:
@@ -78,6 +80,14 @@ class Overflow(NamedTuple):
 
     prompt_tokens: int | None
     context_tokens: int
+
+
+class Trouble(NamedTuple):
+    """Why an engine did not start: what came, what was expected, and the next command."""
+
+    came: str
+    expected: str
+    next_command: str
 
 
 class Engine(Protocol):
@@ -102,6 +112,9 @@ class Engine(Protocol):
 
     def render(self, client: httpx.Client, launch: Launch, chat: Chat) -> list[int]:
         """Return the token ids of a chat as the running engine sees it, up to where the reply begins."""
+
+    def trouble(self, log: str) -> Trouble | None:
+        """Return why the engine did not start, if its log says it in a way that is known."""
 
     def overflow(self, error: Mapping[str, Any]) -> Overflow | None:
         """Return the sizes if an error object of the engine says that the prompt does not fit, else None."""

@@ -17,12 +17,13 @@ from typing import TYPE_CHECKING, Any
 from pipelines.catalogue import Model
 from pipelines.config import ROOT
 from pipelines.hardware import OPENMP_ENVIRONMENT
-from serving.engines.contract import Chat, Launch, Overflow
+from serving.engines.contract import Chat, Launch, Overflow, Trouble
 
 if TYPE_CHECKING:
     import httpx
 
 PROMPT_CACHE_MIB = 256  # llama.cpp keeps old prompts in memory, 8 GiB of them if it may: 9 GB after a thousand short requests
+NO_MEMORY = ("failed to allocate", "unable to allocate", "std::bad_alloc")
 WARNINGS_ONLY = 2  # llama.cpp logs each request at 3
 
 
@@ -72,6 +73,13 @@ class LlamaCpp:
         text = {"content": prompt, "add_special": True, "parse_special": True}
         tokens: list[int] = client.post(f"{launch.url}/tokenize", json=text).raise_for_status().json()["tokens"]
         return tokens
+
+    def trouble(self, log: str) -> Trouble | None:
+        """Know memory that was not to be had for weights or cache."""
+        if not any(text in log for text in NO_MEMORY):
+            return None
+        return Trouble("llama.cpp got no memory for the weights or the cache", "less to hold, or a machine with more memory",
+                       "--set context_tokens=2048, or --set slots.llamacpp=1")  # fmt: skip
 
     def overflow(self, error: Mapping[str, Any]) -> Overflow | None:
         """Read llama.cpp's own error type, which carries both numbers."""

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from pipelines.catalogue import Model
 from pipelines.errors import EngineError
 from pipelines.hardware import VLLM_PYTHON
-from serving.engines.contract import Adapter, Chat, Launch, Overflow
+from serving.engines.contract import Adapter, Chat, Launch, Overflow, Trouble
 
 if TYPE_CHECKING:
     import httpx
@@ -25,6 +25,15 @@ CPU_KV_CACHE_GIB = 2
 
 _CONTEXT = re.compile(r"maximum context length (?:is|of) (\d+)")
 _PROMPT = re.compile(r"prompt contains (\d+) input tokens")  # "at least N" is not a count
+_SIZE = r"\(?([\d.]+)"
+_CACHE_TOO_SMALL = re.compile(
+    rf"max seq len \((\d+)\), {_SIZE} GiB KV\s+cache is needed, which is larger than the available KV cache\s+memory {_SIZE}"
+)
+_LONGEST = re.compile(r"estimated maximum model length is (\d+)")
+_GPU_IN_USE = re.compile(rf"Free memory on device[^(]*{_SIZE}/([\d.]+) GiB\) on startup is less than desired GPU memory")
+_NO_CACHE = "No available memory for the cache blocks"
+_TOO_LONG = re.compile(r"max_model_len \((\d+)\) is greater than the derived max_model_len \(max_position_embeddings=(\d+)")
+_OUT_OF_MEMORY = re.compile(r"(CUDA|HIP) out of memory|torch\.OutOfMemoryError")
 
 
 class Vllm:
@@ -52,6 +61,8 @@ class Vllm:
             "--model": launch.base, "--served-model-name": launch.model, "--host": launch.host, "--port": launch.port,
             "--max-model-len": launch.context_tokens, "--max-num-seqs": launch.slots, "--uvicorn-log-level": "warning",
         }  # fmt: skip
+        if launch.gpu:
+            options["--gpu-memory-utilization"] = launch.gpu_memory_share
         flags = [f"{name}={value}" for name, value in options.items()]
         if not launch.gpu:
             flags += ["--dtype=float32", "--enforce-eager"]  # bfloat16 is emulated on most CPUs; compiling takes minutes
@@ -80,6 +91,24 @@ class Vllm:
         reply = client.post(f"{launch.url}/tokenize", json={"model": name, "messages": chat, "add_generation_prompt": True})
         tokens: list[int] = reply.raise_for_status().json()["tokens"]
         return tokens
+
+    def trouble(self, log: str) -> Trouble | None:
+        """Translate vLLM's sentences about memory and length into the setting that helps."""
+        if found := _CACHE_TOO_SMALL.search(log):
+            longest = _LONGEST.search(log)
+            fits = longest[1] if longest else str(int(found[1]) // 2)
+            came = f"the KV cache of {found[1]} tokens needs {found[2]} GiB, and {found[3]} GiB are left beside the weights"
+            return Trouble(came, f"a context of at most {fits} tokens", f"--set context_tokens={fits}")
+        if found := _GPU_IN_USE.search(log):
+            came = f"other programs hold the GPU: {found[1]} of {found[2]} GiB are free"
+            return Trouble(came, "a GPU of its own, or a smaller share", "nvidia-smi, or --set gpu_memory_share=0.5")
+        if _NO_CACHE in log or _OUT_OF_MEMORY.search(log):
+            return Trouble("the weights leave no GPU memory for the KV cache", "a smaller model, or a larger share of the GPU",
+                           "--set gpu_memory_share=0.95, or --set context_tokens=2048 --set slots.vllm=8")  # fmt: skip
+        if found := _TOO_LONG.search(log):
+            return Trouble(f"context_tokens is {found[1]}", f"at most {found[2]}, which the model was made for",
+                           f"--set context_tokens={found[2]}")  # fmt: skip
+        return None
 
     def overflow(self, error: Mapping[str, Any]) -> Overflow | None:
         """Read the numbers from vLLM's sentence."""

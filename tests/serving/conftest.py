@@ -20,7 +20,8 @@ from pipelines import catalogue, runs
 from pipelines.config import ROOT, load, named
 from pipelines.runs import Run
 from serving import launch
-from serving.engines.contract import Launch
+from serving.engines.contract import Launch, Trouble
+from serving.engines.vllm import Vllm
 from serving.launch import Running, running
 from serving.settings import ServeConfig, load_serve_config
 
@@ -150,6 +151,8 @@ import http.server, json, os, signal, sys, time
 behaviour, port = sys.argv[1], int(sys.argv[2])
 if behaviour == "dies":
     sys.exit("cannot open the model")
+if behaviour == "full":
+    sys.exit("ValueError: No available memory for the cache blocks. Try increasing `gpu_memory_utilization`.")
 if behaviour == "stubborn":
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 class Answer(http.server.BaseHTTPRequestHandler):
@@ -178,7 +181,7 @@ http.server.ThreadingHTTPServer(("127.0.0.1", port), Answer).serve_forever()
 
 
 class FakeEngine:
-    """An engine that misbehaves on demand; `behaviour` is dies, mute, stubborn or well."""
+    """An engine that misbehaves on demand; `behaviour` is dies, full, mute, stubborn or well."""
 
     name = "llamacpp"
     health_path = "/health"
@@ -199,6 +202,9 @@ class FakeEngine:
 
     def select(self, body: dict[str, Any], launch: Launch) -> dict[str, Any]:  # noqa: ARG002
         return body
+
+    def trouble(self, log: str) -> Trouble | None:
+        return Vllm().trouble(log)
 
     def overflow(self, error: dict[str, Any]) -> None:  # noqa: ARG002
         return None

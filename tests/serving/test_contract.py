@@ -12,6 +12,7 @@ import httpx
 import pytest
 
 from pipelines import catalogue
+from pipelines.errors import EngineError
 from pipelines.hardware import VLLM_PYTHON
 from pipelines.runs import Run
 from serving import engines
@@ -118,3 +119,50 @@ def test_commands_are_lists_and_secrets_free(tmp_path: Path, name: str) -> None:
     command = engine.command(launch)
     assert all(isinstance(part, str) for part in command) and any("a model; with spaces" in part for part in command)
     assert command[0] == (sys.executable if name == "llamacpp" else str(VLLM_PYTHON))
+
+
+# As vLLM writes them (v1/core/kv_cache_utils.py, v1/worker/gpu_worker.py, config); a slow test asks the real one for the last.
+SENTENCES = [
+    ("ValueError: To serve at least one request with the models's max seq len (32768), (14.50 GiB KV cache is needed, which is "
+     "larger than the available KV cache memory (6.20 GiB). Based on the available memory, the estimated maximum model length "
+     "is 8192. Try increasing `gpu_memory_utilization` or decreasing `max_model_len` when initializing the engine.",
+     "32768 tokens needs 14.50 GiB, and 6.20 GiB", "--set context_tokens=8192"),
+    ("ValueError: To serve at least one request with the model's max seq len (4096), 23.38 GiB KV cache is needed, which is "
+     "larger than the available KV cache memory (22.61 GiB).",
+     "4096 tokens needs 23.38 GiB, and 22.61", "--set context_tokens=2048"),
+    ("ValueError: Free memory on device cuda:0 (3.27/15.98 GiB) on startup is less than desired GPU memory utilization (0.9, "
+     "14.39 GiB). Decrease GPU memory utilization or reduce GPU memory used by other processes.",
+     "3.27 of 15.98 GiB are free", "gpu_memory_share=0.5"),
+    ("ValueError: Free memory on device (3.27/15.98 GiB) on startup is less than desired GPU memory utilization (0.9, 14.39 GiB)",
+     "3.27 of 15.98 GiB are free", "gpu_memory_share=0.5"),
+    ("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 1.48 GiB.", "leave no GPU memory", "gpu_memory_share=0.95"),
+    ("User-specified max_model_len (65536) is greater than the derived max_model_len (max_position_embeddings=32768.0 or "
+     "model_max_length=None in model's config.json).", "context_tokens is 65536", "--set context_tokens=32768"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("sentence", "came", "next_command"), SENTENCES)
+def test_what_vllm_says_of_memory_is_translated(sentence: str, came: str, next_command: str) -> None:
+    trouble = vllm.Vllm().trouble(f"INFO starting\n{sentence}\nRuntimeError: Engine core initialization failed.")
+    assert trouble and came in trouble.came and next_command in trouble.next_command
+    assert vllm.Vllm().trouble("RuntimeError: Engine core initialization failed.") is None
+
+
+@pytest.mark.parametrize(
+    ("name", "context", "expected"),
+    [
+        ("llamacpp", 2_000_000, "llama.cpp got no memory"),
+        pytest.param("vllm", 100_000, "context_tokens is 100000", marks=[pytest.mark.slow, pytest.mark.timeout(600), NO_VLLM]),
+    ],
+)
+def test_a_real_engine_without_room_says_why(name: str, context: int, expected: str, tmp_path: Path) -> None:
+    engine = engines.named(name)
+    base = engine.base_path(catalogue.runnable(MODEL), False, print)
+    launch = Launch(MODEL, base, None, "127.0.0.1", check_free("127.0.0.1", 0, ""), context, 64, 1, False, tmp_path)
+    supervisor = Supervisor(engine, launch, 500.0, serve_config().restart)
+    supervisor.spawn()
+    try:
+        with pytest.raises(EngineError, match=expected):
+            supervisor.await_health()
+    finally:
+        supervisor.stop()

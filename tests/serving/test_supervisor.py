@@ -41,6 +41,11 @@ def test_an_engine_that_dies_while_it_starts_shows_its_last_words(supervise: Sta
         supervise("dies").await_health()
 
 
+def test_a_cause_that_is_known_is_told_with_its_remedy(supervise: Start) -> None:
+    with pytest.raises(EngineError, match=r"(?s)leave no GPU memory for the KV cache.*engine\.log.*--set gpu_memory_share=0\.95"):
+        supervise("full").await_health()
+
+
 def test_an_engine_that_never_answers_is_given_up(supervise: Start) -> None:
     supervisor = supervise("mute", startup_seconds=0.5)
     processes = wait_until(lambda: descendants(supervisor._process.pid))
