@@ -95,4 +95,7 @@ def _headings(section: Section, before: Sequence[str]) -> list[str]:
 def _rows(document: Document, tokenizer: Any, limit: int) -> list[Row]:
     whole = Document(document.source, document.title, (Section((), document_text(document)),))
     texts = [piece.text for piece in chunk(whole, limit, lambda text: len(text_tokens(text, tokenizer)) + 1)]
-    return [Row((), None, f"{document.source}#{number}", text, ends=number == len(texts)) for number, text in enumerate(texts, 1)]
+    return [
+        Row((), None, f"{document.source}#{number}", document.source, text, ends=number == len(texts))
+        for number, text in enumerate(texts, 1)
+    ]

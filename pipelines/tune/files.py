@@ -24,6 +24,7 @@ FORMATS = {
     "preference": "chosen, rejected (and prompt)",
 }
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+GROUP_FIELD = "group"  # beside those of a format: rows with the same one are held out together
 SHOWN_PROBLEMS = 5
 ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
 TRANSCRIPT = re.compile(r"\n\n(Human|Assistant):")
@@ -54,7 +55,7 @@ def read_rows(path: Path) -> list[Row]:
     rows, problems = [], []
     for line, record in records:
         try:
-            rows.append(_row(reader(record), f"{path.name}:{line}"))
+            rows.append(_row(reader(record), f"{path.name}:{line}", str(record.get(GROUP_FIELD) or "")))
         except _Unfit as problem:
             problems.append(f"{path.name}:{line}: {problem}")
     if problems:
@@ -219,7 +220,7 @@ def _turns(turns: Sequence[Any], who: str, what: str) -> list[Message]:
     return found
 
 
-def _row(read: tuple[list[Message], str | None], origin: str) -> Row:
+def _row(read: tuple[list[Message], str | None], origin: str, group: str) -> Row:
     turns, rejected = read
     roles = [turn["role"] for turn in turns]
     spoken = roles[1:] if roles[:1] == ["system"] else roles
@@ -230,7 +231,7 @@ def _row(read: tuple[list[Message], str | None], origin: str) -> Row:
     empty = [number for number, turn in enumerate(turns, 1) if not turn["content"].strip()]
     if empty or (rejected is not None and not rejected.strip()):
         raise _Unfit(f"turn {empty[0]} is empty" if empty else "rejected is empty")
-    return Row(tuple(turns), rejected, origin)
+    return Row(tuple(turns), rejected, origin, group)
 
 
 def _field(record: Record, name: str, kind: type) -> Any:

@@ -157,7 +157,7 @@ def _row(question: str, answer: str, right: Chunk, near: Sequence[Chunk], job: J
     rng.shuffle(passages)
     reply = reply_text(answer, None if withheld else passages.index(right) + 1)
     return {"messages": [*messages(question, passages), {"role": "assistant", "content": reply}], "question": question,
-            "answer": answer, "withheld": withheld, "source": right.source, "chunk": right.id}  # fmt: skip
+            "answer": answer, "withheld": withheld, "source": right.source, "group": right.id}  # fmt: skip
 
 
 class _Journal:
@@ -207,7 +207,7 @@ def _opened(job: Job) -> Iterator[_Journal]:
             raise DataError(f"{out} was begun with other {now}", "the same documents and options, or another file",
                             f"--out another.jsonl, or rm {out} {path}")  # fmt: skip
         known = {line.get("chunk") for line in done}
-        rows = _lines(out, lambda row: row.get("chunk", "") in known | {""}) if out.exists() else []
+        rows = _lines(out, lambda row: row.get("group", "") in known | {""}) if out.exists() else []
         if not out.exists():
             stream.truncate(0)
             stream.write(_line(settings))

@@ -15,6 +15,7 @@ class Row:
         messages: chat turns (`role`, `content`) that end with the assistant's; every assistant turn is learnt.
         rejected: of a preference, the reply that is worse than the last turn; None otherwise.
         origin: where the row stands, such as "faq.jsonl:12", for messages about it; of a text "guide.pdf#3", its third piece.
+        group: rows of one group are held out together; empty where the row's beginning tells which those are.
         text: plain text in place of turns; every token is learnt.
         ends: whether the text is the end of its document, which is learnt too.
     """
@@ -22,6 +23,7 @@ class Row:
     messages: tuple[Message, ...]
     rejected: str | None = None
     origin: str = ""
+    group: str = ""
     text: str | None = None
     ends: bool = True
 

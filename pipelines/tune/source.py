@@ -216,17 +216,17 @@ def _hold_out(rows: Sequence[Row], share: float) -> tuple[list[Row], list[Row]]:
     if len(rows) < FEWEST_ROWS_TO_HOLD_OUT:
         return list(rows), []
     limit = min(HELD_OUT_ROWS, round(len(rows) * share))
-    ranked = sorted({_prompt_hash(row) for row in rows})
+    ranked = sorted({_group_hash(row) for row in rows})
     chosen: set[str] = set()
     count = 0
-    of = _counts(rows, _prompt_hash)
+    of = _counts(rows, _group_hash)
     for digest in ranked:
         if count + of[digest] > limit:
             continue
         chosen.add(digest)
         count += of[digest]
-    kept = [row for row in rows if _prompt_hash(row) not in chosen]
-    return kept, [row for row in rows if _prompt_hash(row) in chosen]
+    kept = [row for row in rows if _group_hash(row) not in chosen]
+    return kept, [row for row in rows if _group_hash(row) in chosen]
 
 
 def _counts(rows: Sequence[Row], key: Callable[[Row], str]) -> dict[str, int]:
@@ -236,11 +236,9 @@ def _counts(rows: Sequence[Row], key: Callable[[Row], str]) -> dict[str, int]:
     return counts
 
 
-def _prompt_hash(row: Row) -> str:
-    """Return the hash of how a prompt begins: questions about one text stay on one side, and pieces of one document."""
-    if row.text is not None:
-        return hashlib.sha256(row.origin.rpartition("#")[0].encode()).hexdigest()
-    return hashlib.sha256(json.dumps(row.prompt, sort_keys=True)[:PROMPT_BEGINS].encode()).hexdigest()
+def _group_hash(row: Row) -> str:
+    """Return the hash of a row's group, or of how its prompt begins: questions about one text stay on one side."""
+    return hashlib.sha256((row.group or json.dumps(row.prompt, sort_keys=True)[:PROMPT_BEGINS]).encode()).hexdigest()
 
 
 def _prepared(steps: list[Step], held_out: list[Row], notes: tuple[str, ...] = ()) -> Prepared:

@@ -74,7 +74,7 @@ def test_rows_of_real_documents_by_the_real_engine(docs: Path, tmp_path: Path, p
     assert "Traceback" not in said
     assert process.returncode in (130, 0), said  # 0 if it was faster than the signal
     finished = {json.loads(line)["chunk"] for line in journal.read_text().splitlines()[1:]}
-    first = [line for line in out.read_text().splitlines(keepends=True) if json.loads(line)["chunk"] in finished]
+    first = [line for line in out.read_text().splitlines(keepends=True) if json.loads(line)["group"] in finished]
     done = run(docs, out, port)
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
     made = json.loads(done.stdout.splitlines()[-1])

@@ -109,6 +109,17 @@ def test_questions_about_one_text_stay_on_one_side(tmp_path: Path, tokenizer: An
     assert len(held_out) == 9 and all(begun.count(b) == 3 for b in begun)
 
 
+def test_rows_of_one_group_stay_on_one_side(tmp_path: Path, tokenizer: Any) -> None:
+    """However they begin: questions about a chunk whose passages stand in another order each time."""
+    file = tmp_path / "rows.jsonl"
+    lines = [
+        {"prompt": f"{n} is how this begins, for {n // 4}.", "completion": f"{n}", "group": f"chunk {n // 4}"} for n in range(100)
+    ]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    groups = [row.group for row in source.prepare(recipe(file), tokenizer).held_out]
+    assert groups and all(groups.count(group) == 4 for group in groups)
+
+
 def test_evaluation_rows_that_are_learnt_are_refused_unless_told(file: Path, tmp_path: Path, tokenizer: Any) -> None:
     other = write(tmp_path / "other.jsonl", [("What is 3 plus 3?", "Six."), ("What is the capital of Peru?", "Lima.")])
     with pytest.raises(DataError, match="1 of 2 evaluation rows overlap(.|\n)*other.jsonl:1"):
