@@ -59,7 +59,7 @@ export: .venv/base ## make the newest tuned MODEL a model of its own: merged, GG
 	@$(LLMLAB) export $(MODEL) $(if $(RUN),--run $(RUN)) $(if $(QUANTISATION),--quantisation $(QUANTISATION))
 
 index: .venv/base ## index the documents in DOCS (default: labs/knowledge)
-	@$(LLMLAB) index $(if $(DOCS),'$(DOCS)') $(foreach s,$(SET),--set '$(s)')
+	@$(LLMLAB) index sync $(if $(DOCS),'$(DOCS)') $(foreach s,$(SET),--set '$(s)')
 
 serve: .venv/base ## serve MODEL and its newest adapter on 127.0.0.1:8000 (ENGINE=auto, PORT=8000)
 	@$(LLMLAB) serve $(MODEL) $(if $(ENGINE),--engine $(ENGINE)) $(if $(PORT),--port $(PORT)) $(if $(ADAPTER),--adapter $(ADAPTER)) $(foreach s,$(SET),--set '$(s)')

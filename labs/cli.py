@@ -11,7 +11,6 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
@@ -19,6 +18,7 @@ from typer.core import TyperGroup
 
 from labs.bench.commands import bench_app
 from labs.data import data_app
+from labs.index import index_app
 from labs.runs import runs_app
 from pipelines.errors import LabError
 from pipelines.hardware import OPENMP_ENVIRONMENT
@@ -45,6 +45,7 @@ app = typer.Typer(cls=LabGroup, no_args_is_help=True, add_completion=False, rich
 app.add_typer(runs_app, name="runs")
 app.add_typer(data_app, name="data")
 app.add_typer(bench_app, name="bench")
+app.add_typer(index_app, name="index")
 
 ModelName = Annotated[str, typer.Argument(help="A name from `llmlab models`.")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="Override a field of the configuration: schedule.steps=50")]
@@ -213,33 +214,6 @@ def export(
     table("Divergence from the step before (KL in nats)", ["step", "mean", "worst", "same first choice"], rows)
     say(f"{'rehearsal' if made.rehearsal else 'run'} {made.id} is in {made.path}")
     json_line(made.facts | {"run": made.id})
-
-
-@app.command()
-def index(
-    docs: Annotated[
-        Path | None, typer.Argument(help="A folder of Markdown, text, HTML or PDF; labs/knowledge if not given.")
-    ] = None,
-    name: Annotated[str, typer.Option(help="Name of the index.")] = "knowledge",
-    set_: Overrides = None,
-) -> None:
-    """Index documents for retrieval; only what is new is embedded. Example: llmlab index ~/notes."""
-    from labs.screen import CountScreen, json_line, say
-    from pipelines.config import load, named
-    from pipelines.rag.embed import load_embedder
-    from pipelines.rag.index import RagConfig, build
-    from pipelines.tune.data import KNOWLEDGE
-
-    config = load(named("rag", "default"), RagConfig, set_ or ())
-    with CountScreen() as screen:
-        report = build(docs or KNOWLEDGE, name, config, load_embedder(config.embedder), screen.update)
-    for skipped in report.skipped:
-        say(f"skipped {skipped.path}: {skipped.reason}")
-    say(f"index {name}: {report.chunks} chunks of {report.documents} documents; {report.embedded} embedded, "
-        f"{report.reused} reused, {report.removed} removed, "
-        f"{len(report.skipped)} files skipped, in {report.seconds:.1f} s")  # fmt: skip
-    json_line({"index": name, "documents": report.documents, "chunks": report.chunks, "embedded": report.embedded,
-               "skipped": len(report.skipped), "seconds": round(report.seconds, 2)})  # fmt: skip
 
 
 @app.command()

@@ -113,13 +113,13 @@ def _evaluate(tuned: Run) -> Run:
 
 def _index() -> int:
     from pipelines.rag.embed import load_embedder
-    from pipelines.rag.index import RagConfig, build
+    from pipelines.rag.index import RagConfig, sync
     from pipelines.tune.data import KNOWLEDGE
 
     config = load(named("rag", "default"), RagConfig)
     with screen.CountScreen() as bars:
-        done = build(KNOWLEDGE, "knowledge", config, load_embedder(config.embedder), bars.update)
-    screen.say(f"{done.chunks} chunks of {done.documents} documents, {done.embedded} embedded")
+        done = sync(KNOWLEDGE, "knowledge", config, load_embedder(config.embedder), bars.update)
+    screen.say(f"{done.chunks} chunks of {done.documents} documents, {done.change.to_embed} embedded")
     return done.chunks
 
 

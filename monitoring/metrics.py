@@ -98,7 +98,9 @@ RAG_STAGE_DURATION = Histogram(
     registry=REGISTRY,
 )
 RAG_HITS = Histogram("llmlab_rag_hits", "Chunks returned by the search for one question.", buckets=_HITS, registry=REGISTRY)
-RAG_TOP_SCORE = Histogram("llmlab_rag_top_score", "Score of the best chunk for one question.", buckets=_SCORES, registry=REGISTRY)
+RAG_TOP_SCORE = Histogram(
+    "llmlab_rag_top_score", "Best cosine of the chunks for one question.", buckets=_SCORES, registry=REGISTRY
+)
 RAG_CITATIONS = Counter(
     "llmlab_rag_citations_total",
     "Citations in answers; valid=yes when the cited chunk number is among those given to the model.",

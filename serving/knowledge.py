@@ -78,7 +78,7 @@ def open_knowledge(name: str, rag: str) -> Knowledge:
     config = load(named("rag", rag), RagConfig)
     try:
         embedder = load_embedder(config.embedder)
-        retriever = Retriever(open_index(name, embedder), embedder)
+        retriever = Retriever(open_index(name, embedder), embedder, config)
     except LabError as problem:
         return _announced(Knowledge(name, config.top_k, None, problem))
     return _announced(Knowledge(name, config.top_k, retriever, None))

@@ -46,13 +46,14 @@ class Query(BaseModel):
 
 
 class Passage(BaseModel):
-    """A passage that the model was given; `number` is what the answer cites, `score` the cosine similarity."""
+    """A passage that the model was given: `number` is what the answer cites, `score` what it was ranked by."""
 
     number: int
     source: str
     title: str
     chunk_id: str
     score: float
+    cosine: float | None
     text: str
     page: int | None
 
@@ -141,7 +142,7 @@ async def _steps(query: Query, service: Service) -> AsyncIterator[Step]:
 def _passages(hits: Sequence[Hit]) -> list[dict[str, Any]]:
     return [
         {"number": number, "source": hit.source, "title": hit.title, "chunk_id": hit.chunk_id, "score": hit.score,
-         "text": hit.text, "page": hit.page}
+         "cosine": hit.cosine, "text": hit.text, "page": hit.page}
         for number, hit in enumerate(hits, 1)
     ]  # fmt: skip
 
@@ -162,8 +163,9 @@ def _count_retrieval(found: Retrieved) -> None:
     RAG_STAGE_DURATION.labels(stage="embed").observe(found.embed_seconds)
     RAG_STAGE_DURATION.labels(stage="search").observe(found.search_seconds)
     RAG_HITS.observe(len(found.hits))
-    if found.hits:
-        RAG_TOP_SCORE.observe(found.hits[0].score)
+    cosines = [hit.cosine for hit in found.hits if hit.cosine is not None]
+    if cosines:
+        RAG_TOP_SCORE.observe(max(cosines))
 
 
 def _count_citations(reply: Reply) -> None:

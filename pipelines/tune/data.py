@@ -25,9 +25,7 @@ from pipelines.rag.index import RagConfig
 from pipelines.tune.rows import Row
 
 if TYPE_CHECKING:
-    import numpy as np
-
-    from pipelines.rag.embed import Embedder
+    from pipelines.rag.retrieve import Retriever
 
 KNOWLEDGE = ROOT / "labs" / "knowledge"
 INDEX_NAME = "instruction-set"
@@ -126,15 +124,29 @@ def resolved(config: ReaderConfig) -> dict[str, Any]:
 
 
 class Corpus:
-    """Passages of some pages with their embeddings, searched exhaustively (inner product of unit vectors)."""
+    """Passages of some pages, searched as in service.
 
-    def __init__(self, passages: Sequence[Page], vectors: np.ndarray, embedder: Embedder) -> None:
-        self.passages, self.vectors, self.embedder = list(passages), vectors, embedder
+    Args:
+        retriever: of an index that holds these pages, and maybe others.
+        rows: of the index, which the passages are.
+    """
+
+    def __init__(self, retriever: Retriever, rows: Sequence[int]) -> None:
+        self.retriever, self.rows = retriever, list(rows)
+        chunks = [retriever.index.chunks[row] for row in rows]
+        self.passages = [Page(Path(c.source).stem, c.title, c.text) for c in chunks]
+        self._position = {row: position for position, row in enumerate(self.rows)}
 
     def search(self, question: str, k: int, without: frozenset[int] = frozenset()) -> list[int]:
-        """Return the positions of the `k` nearest passages, best first, leaving out those in `without`."""
-        scores = self.vectors @ self.embedder.embed([question])[0]
-        return [int(i) for i in (-scores).argsort(kind="stable") if int(i) not in without][:k]
+        """Return the positions of the `k` best passages, best first, leaving out those in `without`."""
+        import numpy as np
+
+        from pipelines.rag.ranking import rank
+
+        allowed = np.array([row for position, row in enumerate(self.rows) if position not in without])
+        vector = self.retriever.embedder.embed([question])[0]
+        found = rank(self.retriever.index, self.retriever.config, question, vector, k, allowed)
+        return [self._position[row] for row in found.rows.tolist()]
 
 
 def corpora(config: ReaderConfig, root: Path = KNOWLEDGE) -> tuple[Corpus, Corpus]:
@@ -145,18 +157,17 @@ def corpora(config: ReaderConfig, root: Path = KNOWLEDGE) -> tuple[Corpus, Corpu
     Raises:
         DataError: the folder holds no readable document.
     """
-    import numpy as np
-
     from pipelines.rag.embed import load_embedder
-    from pipelines.rag.index import build, open_index
+    from pipelines.rag.index import open_index, sync
+    from pipelines.rag.retrieve import Retriever
 
     rag = load(named("rag", config.rag), RagConfig)
     embedder = load_embedder(rag.embedder)
-    build(root, INDEX_NAME, rag, embedder)
-    index = open_index(INDEX_NAME, embedder)
-    pages, vectors = [Page(Path(c.source).stem, c.title, c.text) for c in index.chunks()], index.vectors()
-    seen = np.array([page.model not in config.test_models for page in pages])
-    return Corpus([p for p, s in zip(pages, seen, strict=True) if s], vectors[seen], embedder), Corpus(pages, vectors, embedder)
+    sync(root, INDEX_NAME, rag, embedder)
+    retriever = Retriever(open_index(INDEX_NAME, embedder), embedder, rag)
+    whole = Corpus(retriever, range(len(retriever.index)))
+    learnt = [row for row, page in enumerate(whole.passages) if page.model not in config.test_models]
+    return Corpus(retriever, learnt), whole
 
 
 def questions_about(model: Model, config: ReaderConfig) -> list[Question]:

@@ -25,7 +25,7 @@ from pipelines.errors import ConfigError, DataError
 from pipelines.rag.answer import messages, reply_text
 from pipelines.rag.chunk import Chunk, chunk
 from pipelines.rag.embed import Embedder
-from pipelines.rag.index import Progress
+from pipelines.rag.generation import Progress
 from pipelines.rag.load import load
 from pipelines.runs import disk_trouble_is_explained
 from pipelines.tune import questions

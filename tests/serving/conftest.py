@@ -101,14 +101,14 @@ def tuned_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 @pytest.fixture(scope="session")
 def index_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from pipelines.rag.embed import load_embedder
-    from pipelines.rag.index import RagConfig, build
+    from pipelines.rag.index import RagConfig, sync
 
     docs, root = tmp_path_factory.mktemp("docs"), tmp_path_factory.mktemp("index")
     for name, text in PAGES.items():
         (docs / name).write_text(text, encoding="utf-8")
     config = load(named("rag", "default"), RagConfig)
     with environment(LLMLAB_INDEX=str(root)):
-        build(docs, "knowledge", config, load_embedder(config.embedder))
+        sync(docs, "knowledge", config, load_embedder(config.embedder))
     return root
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pipelines.config import load, named
 from pipelines.rag.embed import Embedder, load_embedder
 from pipelines.rag.index import RagConfig
 
@@ -82,4 +83,4 @@ def minilm() -> Embedder:
 
 @pytest.fixture(scope="session")
 def config() -> RagConfig:
-    return RagConfig(embedder="minilm", chunk_max_tokens=48, top_k=3)
+    return load(named("rag", "default"), RagConfig, ["chunk_max_tokens=48"])

@@ -12,7 +12,7 @@ import pytest
 from pipelines.config import ROOT
 from pipelines.errors import DataError
 from pipelines.rag.embed import Embedder
-from pipelines.rag.index import MAX_K, RagConfig, build, open_index
+from pipelines.rag.index import MAX_K, RagConfig, open_index, sync
 from pipelines.rag.retrieve import Retriever, as_langchain
 
 DATA = Path(os.environ.get("LLMLAB_DATA") or ROOT.parent / "shared" / "data")
@@ -20,8 +20,8 @@ DATA = Path(os.environ.get("LLMLAB_DATA") or ROOT.parent / "shared" / "data")
 
 @pytest.fixture
 def retriever(docs: Path, config: RagConfig, minilm: Embedder) -> Retriever:
-    build(docs, "lab", config, minilm)
-    return Retriever(open_index("lab", minilm), minilm)
+    sync(docs, "lab", config, minilm)
+    return Retriever(open_index("lab", minilm), minilm, config)
 
 
 def test_the_right_passage_comes_first(retriever: Retriever) -> None:
@@ -69,7 +69,7 @@ def test_langchain_uses_it_in_a_chain(retriever: Retriever) -> None:
     documents = as_langchain(retriever, 2).invoke("What draws dashboards?")
     assert [d.id for d in documents] == [h.chunk_id for h in retriever.retrieve("What draws dashboards?", 2).hits]
     assert documents[0].metadata["source"] == "deep/monitor.html" and documents[0].metadata["title"] == "Prometheus > Dashboards"
-    assert set(documents[0].metadata) == {"source", "title", "page", "score"}
+    assert set(documents[0].metadata) == {"source", "title", "page", "score", "cosine"}
 
     prompt = ChatPromptTemplate.from_template("{context}\n{question}")
     chain = {"context": as_langchain(retriever, 1), "question": RunnablePassthrough()} | prompt
@@ -86,7 +86,7 @@ def test_recall_on_xquad(tmp_path: Path, minilm: Embedder) -> None:
     for article in articles:
         paragraphs = "\n\n".join(p["context"] for p in article["paragraphs"])
         (tmp_path / "xquad" / f"{article['title']}.md").write_text(f"# {article['title']}\n\n{paragraphs}\n", encoding="utf-8")
-    build(tmp_path / "xquad", "xquad", RagConfig(embedder="minilm", chunk_max_tokens=96, top_k=3), minilm)
+    sync(tmp_path / "xquad", "xquad", RagConfig(embedder="minilm", chunk_max_tokens=96, top_k=3), minilm)
     retriever = Retriever(open_index("xquad", minilm), minilm)
     asked = [(a["title"], q) for a in articles for p in a["paragraphs"] for q in p["qas"]]
     found = [

@@ -1,0 +1,96 @@
+"""`llmlab index`: make an index say what a folder of documents says, and see before what that would change."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from pipelines.rag.embed import Embedder
+    from pipelines.rag.index import Change, RagConfig
+
+index_app = typer.Typer(no_args_is_help=True, help="Indexes of documents. Example: llmlab index sync ~/notes")
+
+SHOWN = 20
+
+Docs = Annotated[Path | None, typer.Argument(help="A folder of Markdown, text, HTML or PDF; labs/knowledge if not given.")]
+Name = Annotated[str, typer.Option(help="Name of the index.")]
+Overrides = Annotated[list[str] | None, typer.Option("--set", help="A field of configs/rag/default.yaml, a.b=c.")]
+
+
+@index_app.command()
+def sync(docs: Docs = None, name: Name = "knowledge", set_: Overrides = None) -> None:
+    """Index what is new or changed in a folder, and forget what is gone. Example: llmlab index sync ~/notes."""
+    from labs.screen import CountScreen, json_line, say
+    from pipelines.rag.index import sync as run_sync
+    from pipelines.tune.data import KNOWLEDGE
+
+    config, embedder = _config(set_)
+    with CountScreen() as screen:
+        report = run_sync(docs or KNOWLEDGE, name, config, embedder, screen.update)
+    for skipped in report.skipped:
+        say(f"skipped {skipped.path}: {skipped.reason}")
+    change = report.change
+    say(f"index {name}: {report.chunks} chunks of {report.documents} documents; {change.to_embed} embedded, "
+        f"{report.chunks - change.to_embed} reused, {change.gone_chunks} removed, {len(report.skipped)} files skipped, "
+        f"in {report.seconds:.1f} s")  # fmt: skip
+    say(f"search {report.vectors.kind}: {report.vectors.reason}")
+    json_line({"index": name, "documents": report.documents, "chunks": report.chunks, "embedded": change.to_embed,
+               "removed": change.gone_chunks, "vectors": report.vectors.kind, "skipped": len(report.skipped),
+               "seconds": round(report.seconds, 2)})  # fmt: skip
+
+
+@index_app.command()
+def diff(docs: Docs = None, name: Name = "knowledge", set_: Overrides = None) -> None:
+    """Show what sync would change, and change nothing. Example: llmlab index diff ~/notes."""
+    from labs.screen import CountScreen, json_line, say
+    from pipelines.rag.index import diff as compare
+    from pipelines.tune.data import KNOWLEDGE
+
+    config, embedder = _config(set_)
+    with CountScreen() as screen:
+        change = compare(docs or KNOWLEDGE, name, config, embedder, screen.update)
+    for sign, sources in (("+", change.added), ("~", change.changed), ("-", change.deleted)):
+        for source in sources[:SHOWN]:
+            say(f"{sign} {source}")
+        if len(sources) > SHOWN:
+            say(f"{sign} and {len(sources) - SHOWN} more")
+    say(_summary(change))
+    json_line({"added": len(change.added), "changed": len(change.changed), "deleted": len(change.deleted),
+               "unchanged": change.unchanged, "new_chunks": change.new_chunks, "gone_chunks": change.gone_chunks,
+               "to_embed": change.to_embed})  # fmt: skip
+
+
+@index_app.command(name="list")
+def list_() -> None:
+    """List the indexes. Example: llmlab index list."""
+    from labs.screen import say, table
+    from pipelines.rag import generation
+
+    rows = []
+    for name in generation.index_names():
+        folder = generation.folder_of(name)
+        manifest = generation.manifest_of(folder / (generation.current(folder) or ""))
+        rows.append((name, str(manifest["documents"]), str(manifest["chunks"]), manifest["vectors"]["kind"],
+                     manifest["config"]["embedder"], manifest["created"]))  # fmt: skip
+    if rows:
+        table("Indexes", ["index", "documents", "chunks", "search", "embedder", "made"], rows)
+    else:
+        say(f"no index yet; next: {generation.AGAIN}")
+
+
+def _config(overrides: list[str] | None) -> tuple[RagConfig, Embedder]:
+    from pipelines.config import load, named
+    from pipelines.rag.embed import load_embedder
+    from pipelines.rag.index import RagConfig
+
+    config = load(named("rag", "default"), RagConfig, overrides or ())
+    return config, load_embedder(config.embedder)
+
+
+def _summary(change: Change) -> str:
+    documents = f"{len(change.added)} documents added, {len(change.changed)} changed, {len(change.deleted)} deleted"
+    chunks = f"{change.new_chunks} chunks new, {change.gone_chunks} gone, {change.to_embed} passages to embed"
+    return f"{documents}, {change.unchanged} as they were; {chunks}"
