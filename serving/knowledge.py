@@ -1,51 +1,65 @@
-"""The index that the gateway searches, opened once; without one the gateway serves everything but retrieval.
+"""The index that the gateway searches; without one the gateway serves everything but retrieval.
 
-It reads the generation that was current when it was opened.
+A generation that is written while it runs is opened beside the one in use and takes its place; questions in between are
+answered from the old one.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import threading
+import time
 from datetime import datetime
 from typing import TYPE_CHECKING
 
 from monitoring.metrics import INDEX_CHUNKS, INDEX_CREATED
 from pipelines.config import load, named
 from pipelines.errors import EngineError, LabError
+from pipelines.rag import generation
 from pipelines.rag.index import RagConfig, open_index
 
 if TYPE_CHECKING:
+    from pipelines.rag.embed import Embedder
     from pipelines.rag.retrieve import Retrieved, Retriever
+
+LOOK_SECONDS = 1.0  # between two looks for a new generation
 
 
 class IndexMissing(EngineError):
     """There is no index that could be searched; the rest of the gateway works."""
 
 
-@dataclass(frozen=True)
 class Knowledge:
-    """An open index, or the problem that kept it from opening.
+    """An open index, or the problem that kept it from opening; safe to use from several threads.
+
+    Args:
+        name: the index.
+        config: how it is searched.
 
     Attributes:
-        name: the index.
         top_k: passages for a question that does not say how many.
         retriever: None if the index could not be opened.
-        problem: why not.
+        problem: why not, or why a newer generation could not be.
     """
 
-    name: str
-    top_k: int
-    retriever: Retriever | None
-    problem: LabError | None
+    def __init__(self, name: str, config: RagConfig) -> None:
+        self.name, self.config, self.top_k = name, config, config.top_k
+        self.retriever: Retriever | None = None
+        self.problem: LabError | None = None
+        self._embedder: Embedder | None = None
+        self._seen: str | None = None
+        self._looked = 0.0
+        self._renewing = threading.Lock()
+        self._open()
 
     @property
     def summary(self) -> str:
         """Return one line for the user."""
-        if self.problem or not self.retriever:
-            reason, way_on = (self.problem.came, self.problem.next_command) if self.problem else ("", "")
+        reason, way_on = (self.problem.came, self.problem.next_command) if self.problem else ("", "")
+        if not self.retriever:
             return f"none: {reason}; /v1/rag/query answers 503 until: {way_on}"
         index = self.retriever.index
-        return f"{self.name}, {len(index)} chunks, generation {index.generation}"
+        newer = f"; a newer one cannot be opened: {reason}; next: {way_on}" if reason else ""
+        return f"{self.name}, {len(index)} chunks, generation {index.generation}{newer}"
 
     async def retrieve(self, question: str, k: int) -> Retrieved:
         """Return the passages for a question; the search runs in a thread.
@@ -60,32 +74,47 @@ class Knowledge:
 
     def require(self) -> Retriever:
         """Return the retriever; `IndexMissing` if there is none."""
+        self._look()
         if self.retriever is None:
             problem = self.problem or LabError(f"index {self.name!r} is not open")
-            raise IndexMissing(problem.came, problem.expected, f"{problem.next_command or 'make index'}, then start serve again")
+            raise IndexMissing(problem.came, problem.expected, problem.next_command or generation.AGAIN)
         return self.retriever
+
+    def _look(self) -> None:
+        """See now and then whether another generation serves, and open it in a thread of its own."""
+        now = time.monotonic()
+        if now - self._looked < LOOK_SECONDS:
+            return
+        self._looked = now
+        if generation.current(generation.folder_of(self.name)) != self._seen and self._renewing.acquire(blocking=False):
+            threading.Thread(target=self._renew, name="index-renewal", daemon=True).start()
+
+    def _renew(self) -> None:
+        try:
+            self._open()
+        finally:
+            self._renewing.release()
+
+    def _open(self) -> None:
+        from pipelines.rag.embed import load_embedder
+        from pipelines.rag.retrieve import Retriever
+
+        self._seen = generation.current(generation.folder_of(self.name))
+        try:
+            self._embedder = self._embedder or load_embedder(self.config.embedder)
+            self.retriever = Retriever(open_index(self.name, self._embedder), self._embedder, self.config)
+            self.problem = None
+        except LabError as problem:
+            self.problem = problem  # the generation before, if there is one, goes on serving
+        index = self.retriever.index if self.retriever else None
+        INDEX_CHUNKS.set(len(index) if index else 0)
+        INDEX_CREATED.set(datetime.fromisoformat(index.created).timestamp() if index else 0)
 
 
 def open_knowledge(name: str, rag: str) -> Knowledge:
-    """Open an index with the embedder that configs/rag/<rag>.yaml names; a problem with it is kept, not raised.
+    """Open an index as configs/rag/<rag>.yaml says; a problem with it is kept, not raised.
 
     Raises:
-        ConfigError: the rag file does not fit.
+        ConfigError: the rag file does not fit, or the name is not valid.
     """
-    from pipelines.rag.embed import load_embedder
-    from pipelines.rag.retrieve import Retriever
-
-    config = load(named("rag", rag), RagConfig)
-    try:
-        embedder = load_embedder(config.embedder)
-        retriever = Retriever(open_index(name, embedder), embedder, config)
-    except LabError as problem:
-        return _announced(Knowledge(name, config.top_k, None, problem))
-    return _announced(Knowledge(name, config.top_k, retriever, None))
-
-
-def _announced(knowledge: Knowledge) -> Knowledge:
-    index = knowledge.retriever.index if knowledge.retriever else None
-    INDEX_CHUNKS.set(len(index) if index else 0)
-    INDEX_CREATED.set(datetime.fromisoformat(index.created).timestamp() if index else 0)
-    return knowledge
+    return Knowledge(name, load(named("rag", rag), RagConfig))

@@ -117,12 +117,12 @@ def test_an_empty_corpus_is_refused_and_the_old_index_stays(tmp_path: Path) -> N
     (docs / "a.md").write_text("# A\n\nOne page about nothing in particular.\n")
     (docs / "empty.md").write_bytes(b"")
     (docs / "latin.txt").write_bytes("naïve".encode("utf-16"))
-    done = llmlab("index", str(docs), **index)
+    done = llmlab("index", "sync", str(docs), **index)
     assert json.loads(done.stdout.splitlines()[-1])["skipped"] == 2
     assert "empty.md" in done.stderr and "latin.txt" in done.stderr
     (docs / "a.md").unlink()
-    refused("index", str(docs), status=1, **index)
-    refused("index", str(tmp_path / "nowhere"), status=1, **index)
+    refused("index", "sync", str(docs), status=1, **index)
+    refused("index", "sync", str(tmp_path / "nowhere"), status=1, **index)
     assert len(list((tmp_path / "index" / "knowledge").glob("*/manifest.json"))) == 1
 
 
@@ -166,7 +166,7 @@ def test_no_space_is_explained_and_nothing_is_lost(tmp_path: Path) -> None:
     """A real full disk: a tiny tmpfs in a mount namespace of its own."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    inner = f"mount -t tmpfs -o size=64k none {disk} && exec {sys.executable} -m labs index labs/knowledge"
+    inner = f"mount -t tmpfs -o size=64k none {disk} && exec {sys.executable} -m labs index sync labs/knowledge"
     environment = os.environ | {"LLMLAB_INDEX": str(disk)}
     done = subprocess.run(
         ["unshare", "-m", "sh", "-c", inner], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
