@@ -9,11 +9,6 @@ import typer
 bench_app = typer.Typer(no_args_is_help=True, help="Measured comparisons. Example: llmlab bench tune --quick")
 
 
-@bench_app.callback()
-def _bench() -> None:
-    """Keep `tune` a sub-command, also while it is the only one."""
-
-
 @bench_app.command()
 def tune(
     quick: Annotated[
@@ -39,6 +34,26 @@ def tune(
     _show(document)
     say(f"curves, logs and adapters are in {document['folder']}")
     json_line({k: v for k, v in document.items() if k not in ("loss", "folder")})
+
+
+@bench_app.command()
+def rag(
+    quick: Annotated[bool, typer.Option("--quick", help="Under 5 minutes: approximate search of 200,000 vectors only.")] = False,
+    vectors: Annotated[list[int] | None, typer.Option(min=1000, help="Sizes of the approximate search.")] = None,
+) -> None:
+    """Measure retrieval: what is found by words, vectors and both, and what it costs. Example: llmlab bench rag --quick."""
+    from labs.bench import rag as bench
+    from labs.screen import CountScreen, json_line, table
+
+    sizes = tuple(vectors or (bench.QUICK_VECTORS if quick else bench.FULL_VECTORS))
+    with CountScreen() as screen:
+        document = bench.bench_rag(sizes, screen.update)
+    rows = [(name, method, *of.values()) for name, by_method in document["recall"].items() for method, of in by_method.items()]
+    table("What is found", ["set", "method", "recall@1", "recall@5", "recall@10", "MRR", "nDCG@10"], rows)
+    table("What it costs", ["what", "value"], [(key, value) for key, value in document.items() if isinstance(value, float)])
+    found = [(size, kind, *of.values()) for size, by_kind in document["ann"].items() for kind, of in by_kind.items()]
+    table("Approximate search", ["vectors", "kind", "recall@10", "times flat", "ms", "bytes", "build s", "breadth"], found)
+    json_line(document)
 
 
 def _show(document: dict[str, Any]) -> None:

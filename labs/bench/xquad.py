@@ -76,6 +76,16 @@ def train_rows() -> list[Row]:
     ]  # fmt: skip
 
 
+def paragraphs() -> dict[str, list[Question]]:
+    """Return the questions about each paragraph of all articles, by a name for it.
+
+    Raises:
+        DataError: the file is absent or not in SQuAD's form.
+    """
+    every = [paragraph for article in _articles() for paragraph in article]
+    return {f"paragraph-{number:04}": paragraph for number, paragraph in enumerate(every)}
+
+
 def test_questions(sample: int | None) -> list[Question]:
     """Return questions of the last 12 articles, all of them or the same `sample` each time.
 

@@ -28,7 +28,7 @@ from pipelines.rag import generation
 from pipelines.rag.chunk import Chunk, chunk
 from pipelines.rag.embed import Embedder
 from pipelines.rag.generation import Progress
-from pipelines.rag.load import Document, Skipped, load
+from pipelines.rag.load import READERS_VERSION, Document, Skipped, load
 from pipelines.runs import disk_trouble_is_explained
 
 if TYPE_CHECKING:
@@ -41,12 +41,14 @@ MAX_K = 50
 VECTORS, APPROXIMATE, WORDS, CHUNKS = "vectors.npy", "vectors.faiss", "words.safetensors", "chunks.sqlite"
 
 _COLUMNS = tuple(field.name for field in fields(Chunk))
-_TABLE = """
+_TABLES = """
 CREATE TABLE chunks (
     position INTEGER PRIMARY KEY,  -- row of the vector
     id TEXT NOT NULL UNIQUE, source TEXT NOT NULL, title TEXT NOT NULL, text TEXT NOT NULL,
     start INTEGER NOT NULL, "end" INTEGER NOT NULL, page INTEGER, content_hash TEXT NOT NULL
-)"""
+);
+CREATE TABLE documents (source TEXT PRIMARY KEY, sha256 TEXT NOT NULL);
+"""
 
 
 class RagConfig(Config):
@@ -125,14 +127,16 @@ class Index:
         manifest: of the generation.
         generation: its name.
         created: when it was made, in UTC.
+        documents: sha256 of each file, by source.
         chunks: in the order of the documents.
         vectors: of the chunks, row by row.
         words: of the chunks, row by row.
     """
 
-    def __init__(self, name: str, manifest: Mapping[str, Any], chunks: Sequence[Chunk], vectors: Vectors, words: Lexical) -> None:
+    def __init__(self, name: str, manifest: Mapping[str, Any], documents: Mapping[str, str], chunks: Sequence[Chunk],
+                 vectors: Vectors, words: Lexical) -> None:  # fmt: skip
         """Take what `open_index` has read."""
-        self.name, self.manifest = name, manifest
+        self.name, self.manifest, self.documents = name, manifest, documents
         self.generation: str = manifest["generation"]
         self.created: str = manifest["created"]
         self.chunks, self.vectors, self.words = tuple(chunks), vectors, words
@@ -172,11 +176,10 @@ def sync(docs: Path, name: str, config: RagConfig, embedder: Embedder, on_progre
     started, report = time.perf_counter(), on_progress or (lambda *_: None)
     folder = generation.folder_of(name)
     _check_limit(config, embedder)
-    documents, skipped = load(docs)
     with disk_trouble_is_explained(folder), generation.only_writer(folder):
         generation.remove_unfinished(folder)
-        chunks = _chunk_all(documents, config, embedder, report)
         before = _usable(name, embedder)
+        documents, skipped, chunks = _read(docs, before, config, embedder, report)
         change = _change(before, chunks)
         rows = _vectors_of(chunks, before, embedder, report)
         report("index", 0, 2)
@@ -187,13 +190,14 @@ def sync(docs: Path, name: str, config: RagConfig, embedder: Embedder, on_progre
         report("index", 2, 2)
         facts = {
             "docs": docs.resolve().name, "documents": len(documents), "chunks": len(chunks),
-            "fingerprint": embedder.fingerprint, "dimension": embedder.dimension, "config": config.model_dump(),
+            "fingerprint": embedder.fingerprint, "dimension": embedder.dimension, "readers": READERS_VERSION,
+            "config": config.model_dump(),
             "vectors": {"kind": kind.kind, "reason": kind.reason, "breadth": breadth}, "skipped": [asdict(s) for s in skipped],
         }  # fmt: skip
         files: dict[str, generation.Writer] = {
             VECTORS: partial(_write_rows, rows),
             WORDS: _writer(words.serialised()),
-            CHUNKS: _writer(_sqlite_bytes(chunks)),
+            CHUNKS: _writer(_sqlite_bytes(documents, chunks)),
         }
         if approximate is not None:
             files[APPROXIMATE] = _writer(nearest.serialised(approximate))
@@ -206,8 +210,8 @@ def diff(docs: Path, name: str, config: RagConfig, embedder: Embedder, on_progre
     """Return what `sync` would do; arguments and errors as there."""
     _check_limit(config, embedder)
     generation.folder_of(name)
-    chunks = _chunk_all(load(docs)[0], config, embedder, on_progress or (lambda *_: None))
-    return _change(_usable(name, embedder), chunks)
+    before = _usable(name, embedder)
+    return _change(before, _read(docs, before, config, embedder, on_progress or (lambda *_: None))[2])
 
 
 def open_index(name: str, embedder: Embedder) -> Index:
@@ -240,8 +244,8 @@ def open_index(name: str, embedder: Embedder) -> Index:
     how = manifest["vectors"]
     rows = np.load(files[VECTORS], mmap_mode="r", allow_pickle=False)
     vectors = nearest.Vectors(rows, how["kind"], approximate, how["breadth"])
-    chunks = _chunks_from_sqlite(files[CHUNKS].read_bytes())
-    return Index(name, manifest, chunks, vectors, lexical.read(files[WORDS].read_bytes()))
+    documents, chunks = _from_sqlite(files[CHUNKS].read_bytes())
+    return Index(name, manifest, documents, chunks, vectors, lexical.read(files[WORDS].read_bytes()))
 
 
 def _check_limit(config: RagConfig, embedder: Embedder) -> None:
@@ -250,12 +254,20 @@ def _check_limit(config: RagConfig, embedder: Embedder) -> None:
                           f"at most {embedder.max_tokens}, which the embedder reads")  # fmt: skip
 
 
-def _chunk_all(documents: Sequence[Document], config: RagConfig, embedder: Embedder, report: Progress) -> list[Chunk]:
+def _read(
+    docs: Path, before: Index | None, config: RagConfig, embedder: Embedder, report: Progress
+) -> tuple[list[Document], list[Skipped], list[Chunk]]:
+    """Return documents, files that were left out, and chunks; a file that is as it was is neither parsed nor cut again."""
+    same = before and (before.manifest["readers"], before.manifest["config"]["chunk_max_tokens"]) == (
+        READERS_VERSION, config.chunk_max_tokens)  # fmt: skip
+    kept = _by_source(before.chunks) if before and same else {}
+    documents, skipped = load(docs, before.documents if before and same else None)
     chunks: list[Chunk] = []
     for done, document in enumerate(documents, 1):
-        chunks += chunk(document, config.chunk_max_tokens, embedder.token_count)
+        cut = chunk(document, config.chunk_max_tokens, embedder.token_count) if document.sections else kept[document.source]
+        chunks += cut
         report("chunk", done, len(documents))
-    return chunks
+    return documents, skipped, chunks
 
 
 def _usable(name: str, embedder: Embedder) -> Index | None:
@@ -315,17 +327,20 @@ def _writer(content: bytes) -> generation.Writer:
     return write
 
 
-def _sqlite_bytes(chunks: Sequence[Chunk]) -> bytes:
+def _sqlite_bytes(documents: Sequence[Document], chunks: Sequence[Chunk]) -> bytes:
     with closing(sqlite3.connect(":memory:")) as database:
-        database.execute(_TABLE)
+        database.executescript(_TABLES)
+        database.executemany("INSERT INTO documents VALUES (?, ?)", [(d.source, d.sha256) for d in documents])
         rows = [(position, *astuple(c), c.content_hash) for position, c in enumerate(chunks)]
         database.executemany(f"INSERT INTO chunks VALUES ({', '.join('?' * (len(_COLUMNS) + 2))})", rows)
         database.commit()
         return database.serialize()
 
 
-def _chunks_from_sqlite(content: bytes) -> list[Chunk]:
+def _from_sqlite(content: bytes) -> tuple[dict[str, str], list[Chunk]]:
+    """Return sha256 by source, and the chunks."""
     with closing(sqlite3.connect(":memory:")) as database:
         database.deserialize(content)
         columns = ", ".join(f'"{column}"' for column in _COLUMNS)
-        return [Chunk(*row) for row in database.execute(f"SELECT {columns} FROM chunks ORDER BY position")]
+        chunks = [Chunk(*row) for row in database.execute(f"SELECT {columns} FROM chunks ORDER BY position")]
+        return dict(database.execute("SELECT source, sha256 FROM documents")), chunks

@@ -45,7 +45,7 @@ class Lexical:
         Raises:
             UnknownName: Snowball has no stemmer for the language.
         """
-        words = _words(passages, stemmer)
+        words = words_of(passages, stemmer)
         vocabulary = sorted({word for passage in words for word in passage})
         columns = {word: column for column, word in enumerate(vocabulary)}
         if not vocabulary:
@@ -59,7 +59,7 @@ class Lexical:
 
     def scores(self, question: str) -> np.ndarray:
         """Return the BM25 score of every passage for a question, float32, shape [passages]; 0 where no word is shared."""
-        (words,) = _words([question], self._language)
+        (words,) = words_of([question], self._language)
         columns = [self._columns[word] for word in words if word in self._columns]
         if not columns:
             return np.zeros(self._bm25.scores["num_docs"], dtype=np.float32)
@@ -76,7 +76,8 @@ def read(content: bytes) -> Lexical:
     return Lexical(load(content), json.loads(header[_VOCABULARY]), header["stemmer"])
 
 
-def _words(texts: Sequence[str], stemmer: str) -> list[list[str]]:
+def words_of(texts: Sequence[str], stemmer: str) -> list[list[str]]:
+    """Return the words of each text as they are compared: in lower case, their stems in place of them."""
     return cast("list[list[str]]", bm25s.tokenize(list(texts), token_pattern=_WORD, stopwords=None, stemmer=_stemmer(stemmer),
                                                    return_ids=False, show_progress=False))  # fmt: skip
 

@@ -6,9 +6,10 @@ chunking, embedding or watching for changes here. Run as a part of: make index D
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,6 +27,7 @@ _HTML_BLOCKS = (
     "address", "article", "aside", "blockquote", "dd", "div", "dl", "dt", "figcaption", "figure", "footer",
     "form", "header", "hr", "li", "main", "ol", "p", "pre", "section", "table", "tr", "ul",
 )  # fmt: skip
+READERS_VERSION = 1  # raise it when a reader reads something else from the same file
 _HTML_MARK = "\x00"  # stands around a heading; no text file that is read here holds one
 
 
@@ -46,11 +48,18 @@ class Section:
 
 @dataclass(frozen=True)
 class Document:
-    """A readable file; `source` is its path relative to the folder, with forward slashes."""
+    """A readable file.
+
+    Attributes:
+        source: its path relative to the folder, with forward slashes.
+        sections: what it says; none only if it is a file that `load` was told to know.
+        sha256: of the file.
+    """
 
     source: str
     title: str
     sections: tuple[Section, ...]
+    sha256: str = ""
 
 
 @dataclass(frozen=True)
@@ -78,8 +87,12 @@ class _Unreadable(Exception):
     """The reason why a file is left out."""
 
 
-def load(root: Path) -> tuple[list[Document], list[Skipped]]:
+def load(root: Path, known: Mapping[str, str] | None = None) -> tuple[list[Document], list[Skipped]]:
     """Read every document below a folder, in the order of the paths; hidden files are passed over.
+
+    Args:
+        root: the folder.
+        known: sha256 by source; a file that still has it is not parsed, and comes without sections.
 
     Raises:
         DataError: there is no such folder, or no readable document in it.
@@ -91,7 +104,7 @@ def load(root: Path) -> tuple[list[Document], list[Skipped]]:
     for path in _files(root):
         source = path.relative_to(root).as_posix()
         try:
-            documents.append(_read(root, path, source))
+            documents.append(_read(root, path, source, (known or {}).get(source)))
         except _Unreadable as error:
             skipped.append(Skipped(_valid(source), str(error)))
     if not documents:
@@ -121,7 +134,7 @@ def _empty(root: Path, skipped: Sequence[Skipped]) -> DataError:
                      "make index DOCS=path/to/folder")  # fmt: skip
 
 
-def _read(root: Path, path: Path, source: str) -> Document:
+def _read(root: Path, path: Path, source: str, known: str | None) -> Document:
     if source != _valid(source):
         raise _Unreadable("the file name is not UTF-8")
     if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root)):
@@ -131,18 +144,29 @@ def _read(root: Path, path: Path, source: str) -> Document:
     reader = _READERS.get(path.suffix.lower())
     if reader is None:
         raise _Unreadable(f"files of type {path.suffix or '(none)'} are not supported")
-    title, sections = _parse(reader, path)
+    content = _content(path)
+    sha256 = hashlib.sha256(content).hexdigest()
+    if sha256 == known:
+        return Document(source, "", (), sha256)
+    title, sections = _parse(reader, content, path.stem)
     if not any(section.text for section in sections):
         raise _Unreadable("no text in it (if it is a scan, it needs OCR first)")
-    return Document(source, title, tuple(section for section in sections if section.text))
+    return Document(source, title, tuple(section for section in sections if section.text), sha256)
 
 
-def _parse(reader: _Reader, path: Path) -> tuple[str, list[Section]]:
+def _content(path: Path) -> bytes:
     try:
         content = path.read_bytes()
-        if not content:
-            raise _Unreadable("0 bytes")
-        return reader(content, path.stem)
+    except OSError as error:
+        raise _Unreadable(f"cannot be read: {type(error).__name__}: {error}") from error
+    if not content:
+        raise _Unreadable("0 bytes")
+    return content
+
+
+def _parse(reader: _Reader, content: bytes, stem: str) -> tuple[str, list[Section]]:
+    try:
+        return reader(content, stem)
     except _Unreadable:
         raise
     except Exception as error:  # whatever a parser raises on a broken file, the other files are still wanted

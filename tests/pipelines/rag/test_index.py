@@ -21,6 +21,8 @@ from safetensors.numpy import load_file
 from pipelines.config import ROOT, load, names
 from pipelines.config import named as config_path
 from pipelines.errors import ConfigError, DataError, FingerprintMismatch, RunIncomplete, UnknownName
+from pipelines.rag import index
+from pipelines.rag.chunk import chunk
 from pipelines.rag.embed import Embedder
 from pipelines.rag.generation import index_names
 from pipelines.rag.index import Index, RagConfig, diff, open_index, sync
@@ -134,6 +136,25 @@ def test_a_diff_tells_what_a_sync_would_do_and_changes_nothing(docs: Path, confi
     assert open_index("lab", hash_embedder).generation == before.generation
     assert sync(docs, "lab", config, hash_embedder).change == found
     assert diff(docs, "lab", config, hash_embedder).unchanged == 4
+
+
+def test_documents_are_cut_again_when_what_cuts_them_has_changed(
+    docs: Path, config: RagConfig, hash_embedder: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sync(docs, "lab", config, hash_embedder)
+    smaller = config.model_copy(update={"chunk_max_tokens": 32})
+    (docs / "long.txt").write_text("A sentence of eight words stands here now. " * 12)
+    sync(docs, "lab", config, hash_embedder)
+    sync(docs, "lab", smaller, hash_embedder)
+    sync(docs, "fresh", smaller, hash_embedder)
+    assert open_index("lab", hash_embedder).chunks == open_index("fresh", hash_embedder).chunks
+    monkeypatch.setattr(index, "READERS_VERSION", 0)
+    calls: list[str] = []
+    monkeypatch.setattr(index, "chunk", lambda d, *rest: calls.append(d.source) or chunk(d, *rest))
+    sync(docs, "lab", smaller, hash_embedder)
+    assert len(calls) == 5
+    sync(docs, "lab", smaller, hash_embedder)
+    assert len(calls) == 5
 
 
 def test_skipped_files_are_in_the_report_and_the_manifest(docs: Path, config: RagConfig, hash_embedder: Any) -> None:

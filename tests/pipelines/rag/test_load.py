@@ -50,6 +50,14 @@ def test_documents_come_in_order_with_their_paths(docs: Path) -> None:
     assert not skipped
 
 
+def test_a_file_that_is_known_is_not_parsed_again(docs: Path) -> None:
+    known = {d.source: d.sha256 for d in load(docs)[0]}
+    (docs / "falcon.md").write_text("# Falcon 180B\n\nLarger.\n")
+    documents, _ = load(docs, known)
+    assert [d.source for d in documents if d.sections] == ["falcon.md"]
+    assert {d.source: d.sha256 for d in documents if not d.sections} == {s: h for s, h in known.items() if s != "falcon.md"}
+
+
 def test_markdown_headings_become_paths(tmp_path: Path) -> None:
     text = (
         "Before.\n# Guide to `vllm`\n## Setup <a id='x'></a>\n```sh\n# not a heading\n```\n"
