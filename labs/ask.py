@@ -20,7 +20,7 @@ REPLY_TOKENS = 96
 T = TypeVar("T")
 
 
-def ask(server: str, question: str, k: int | None = None) -> dict[str, Any]:
+def ask(server: str, question: str, k: int | None = None, where: str | None = None) -> dict[str, Any]:
     """Return the server's answer to a question; see POST /v1/rag/query.
 
     Raises:
@@ -29,7 +29,7 @@ def ask(server: str, question: str, k: int | None = None) -> dict[str, Any]:
     """
     import httpx
 
-    body = {"question": question} | ({"k": k} if k is not None else {})
+    body = {key: value for key, value in {"question": question, "k": k, "where": where}.items() if value is not None}
     send = partial(httpx.post, f"{server}/v1/rag/query", json=body, timeout=TIMEOUT_SECONDS, trust_env=False)
     return _answered(server, send, dict)
 
@@ -99,6 +99,8 @@ def show_answer(answer: dict[str, Any]) -> None:
     for passage in answer["citations"]:
         OUT.print(f"  [{passage['number']}] {passage['title']} ({passage['source']}, score {passage['score']:.2f})", markup=False)
         OUT.print(f"      {passage['text']}", markup=False, style="dim")
+    for passage in answer["held_back"]:
+        OUT.print(f"  held back: {passage['title']} ({passage['source']}): it {passage['reason']}", markup=False)
     if answer["abstained"]:
         OUT.print("  nearest: " + "; ".join(p["title"] for p in answer["passages"]), markup=False, style="dim")
     times = ", ".join(

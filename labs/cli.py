@@ -235,14 +235,22 @@ def serve(
 
 
 @app.command()
-def ask(question: str, port: Port = None, k: Annotated[int | None, typer.Option(help="Passages to retrieve.")] = None) -> None:
-    """Ask the running server and print the answer with its sources. Example: llmlab ask "Who developed Falcon 40B?"."""
+def ask(
+    question: str,
+    port: Port = None,
+    k: Annotated[int | None, typer.Option(help="Passages to retrieve.")] = None,
+    where: Annotated[str | None, typer.Option(help="Only passages that match, such as 'source like \"api/*\"'.")] = None,
+) -> None:
+    """Ask the running server and print the answer with its sources.
+
+    Examples: llmlab ask "Who developed Falcon 40B?"; llmlab ask "How large is it?" --where 'source = "falcon-40b.md"'
+    """
     from labs.ask import ask as send
     from labs.ask import show_answer
     from serving.settings import load_serve_config
 
     config = load_serve_config()
-    show_answer(send(f"http://{config.host}:{port or config.port}", question, k))
+    show_answer(send(f"http://{config.host}:{port or config.port}", question, k, where))
 
 
 @app.command()

@@ -61,16 +61,16 @@ class Knowledge:
         newer = f"; a newer one cannot be opened: {reason}; next: {way_on}" if reason else ""
         return f"{self.name}, {len(index)} chunks, generation {index.generation}{newer}"
 
-    async def retrieve(self, question: str, k: int) -> Retrieved:
-        """Return the passages for a question; the search runs in a thread.
+    async def retrieve(self, question: str, k: int, where: str | None = None) -> Retrieved:
+        """Return the passages for a question, of the chunks that `where` matches; the search runs in a thread.
 
         Raises:
             IndexMissing: there is no index; says the command that makes one.
-            DataError: the question is longer than the embedder reads.
+            DataError: the question is longer than the embedder reads, or the expression cannot be read.
         """
         from starlette.concurrency import run_in_threadpool
 
-        return await run_in_threadpool(self.require().retrieve, question, k)
+        return await run_in_threadpool(self.require().retrieve, question, k, where)
 
     def require(self) -> Retriever:
         """Return the retriever; `IndexMissing` if there is none."""

@@ -40,6 +40,7 @@ class Query(BaseModel):
 
     question: str
     k: int | None = Field(None, description="passages to read; the configuration's number if left out")
+    where: str | None = Field(None, description='which passages are searched, such as source like "api/*" and page >= 3')
     model: str | None = Field(None, description="base or adapter; the adapter, if there is one, if left out")
     max_tokens: int | None = Field(None, description="longest answer")
     stream: bool = Field(False, description="server-sent events: passages, token..., answer; or error")
@@ -75,6 +76,15 @@ class Timings(BaseModel):
     total_seconds: float
 
 
+class HeldBack(BaseModel):
+    """A passage that was found and not given to the model, since it seems to give instructions."""
+
+    source: str
+    title: str
+    chunk_id: str
+    reason: str
+
+
 class Answer(BaseModel):
     """An answer; `citations` are the passages that it cites, `passages` all that the model was given."""
 
@@ -83,6 +93,7 @@ class Answer(BaseModel):
     citations: list[Passage]
     invalid_citations: list[int]
     passages: list[Passage]
+    held_back: list[HeldBack]
     model: str
     timings: Timings
     usage: dict[str, int]
@@ -116,7 +127,7 @@ async def _steps(query: Query, service: Service) -> AsyncIterator[Step]:
     model = limits.check_model(query.model or service.names[-1], service.names)
     service.knowledge.require()
     service.upstream.check_up()
-    found = await service.knowledge.retrieve(query.question, k)
+    found = await service.knowledge.retrieve(query.question, k, query.where)
     _count_retrieval(found)
     passages = _passages(found.hits)
     yield "passages", {"passages": passages}
@@ -133,7 +144,7 @@ async def _steps(query: Query, service: Service) -> AsyncIterator[Step]:
     _count_citations(reply)
     answer = {
         "answer": reply.text, "abstained": reply.abstained, "citations": [passages[number - 1] for number in reply.cited],
-        "invalid_citations": list(reply.invalid), "passages": passages, "model": model,
+        "invalid_citations": list(reply.invalid), "passages": passages, "held_back": _held_back(found), "model": model,
         "timings": _timings(began, found, meter), "usage": meter.usage,
     }  # fmt: skip
     yield "answer", answer
@@ -145,6 +156,11 @@ def _passages(hits: Sequence[Hit]) -> list[dict[str, Any]]:
          "cosine": hit.cosine, "text": hit.text, "page": hit.page}
         for number, hit in enumerate(hits, 1)
     ]  # fmt: skip
+
+
+def _held_back(found: Retrieved) -> list[dict[str, str]]:
+    return [{"source": hit.source, "title": hit.title, "chunk_id": hit.chunk_id, "reason": reason}
+            for hit, reason in found.held_back]  # fmt: skip
 
 
 def _timings(began: float, found: Retrieved, meter: Meter) -> dict[str, float | None]:

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from pipelines.rag.screen import without_marks
+
 SYSTEM = "Answer briefly from the numbered passages and cite the number. If they do not hold the answer, say so."
 CLOSED_BOOK_SYSTEM = "Answer the question briefly."
 ABSTENTION = "The passages do not answer this question."
@@ -49,7 +51,7 @@ class Reply:
 
 def messages(question: str, passages: Sequence[Passage]) -> list[dict[str, str]]:
     """Return the chat messages for a question and its passages, numbered from 1 in the order given."""
-    numbered = [f"[{number}] {p.title}: {_one_line(p.text)}" for number, p in enumerate(passages, 1)]
+    numbered = [f"[{number}] {_one_line(p.title)}: {_one_line(p.text)}" for number, p in enumerate(passages, 1)]
     content = "\n".join([*numbered, "", f"Question: {_one_line(question)}"])
     return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": content}]
 
@@ -77,4 +79,4 @@ def parse(text: str, passage_count: int) -> Reply:
 
 
 def _one_line(text: str) -> str:
-    return " ".join(text.split())
+    return " ".join(without_marks(text).split())

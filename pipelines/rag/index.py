@@ -61,6 +61,7 @@ class RagConfig(Config):
     vector_memory_mib: int = Field(ge=1, description="what auto may let the vectors take")
     top_k: int = Field(ge=1, le=MAX_K, description="passages for a question")
     candidates: int = Field(ge=1, le=1000, description="of each kind of search, which are then ranked together")
+    screen: bool = Field(description="keep passages that speak to the model out of prompts (pipelines.rag.screen)")
     dense_weight: float = Field(ge=0, le=1, description="of the vectors in the ranking; the rest is that of the words")
 
 
@@ -148,6 +149,16 @@ class Index:
     def nearest(self, vector: np.ndarray, k: int, allowed: np.ndarray | None = None) -> Found:
         """Return the rows of the `k` chunks (or all) nearest to a vector of shape [dimension], among `allowed` rows."""
         return self.vectors.search(vector, k, allowed)
+
+    def rows_where(self, where: str) -> np.ndarray:
+        """Return the rows of the chunks that an expression matches, in order; `DataError` if it cannot be read."""
+        import numpy as np
+
+        from pipelines.rag.where import parse
+
+        expression = parse(where)
+        fields = ({"source": c.source, "title": c.title, "text": c.text, "page": c.page, "id": c.id} for c in self.chunks)
+        return np.array([row for row, record in enumerate(fields) if expression.matches(record)], dtype=np.int64)
 
     def hit(self, row: int, score: float, cosine: float | None) -> Hit:
         """Return a chunk as what was found."""
@@ -308,7 +319,10 @@ def _vectors_of(chunks: Sequence[Chunk], before: Index | None, embedder: Embedde
     place = {content: row for row, content in enumerate(new)}
     rows = np.empty((len(chunks), embedder.dimension), dtype=np.float32)
     for row, c in enumerate(chunks):
-        rows[row] = made[place[c.content_hash]] if c.content_hash in place else before.vectors.rows[known[c.content_hash]]  # type: ignore[union-attr]
+        if before and c.content_hash in known:
+            rows[row] = before.vectors.rows[known[c.content_hash]]
+        else:
+            rows[row] = made[place[c.content_hash]]
     return rows
 
 

@@ -13,17 +13,26 @@ from typing import TYPE_CHECKING, Any
 from pipelines.errors import DataError
 from pipelines.rag.embed import Embedder
 from pipelines.rag.index import MAX_K, Hit, Index, RagConfig
+from pipelines.rag.screen import reason_to_hold_back
 
 if TYPE_CHECKING:
     from langchain_core.documents import Document
     from langchain_core.retrievers import BaseRetriever
 
+    from pipelines.rag.ranking import Ranked
+
 
 @dataclass(frozen=True)
 class Retrieved:
-    """The hits, best first, and what they cost."""
+    """What was found, and what it cost.
+
+    Attributes:
+        hits: best first.
+        held_back: passages that would have been hits, and why they are not (pipelines.rag.screen).
+    """
 
     hits: tuple[Hit, ...]
+    held_back: tuple[tuple[Hit, str], ...]
     embed_seconds: float
     search_seconds: float
 
@@ -42,25 +51,44 @@ class Retriever:
     embedder: Embedder
     config: RagConfig
 
-    def retrieve(self, question: str, k: int) -> Retrieved:
+    def retrieve(self, question: str, k: int, where: str | None = None) -> Retrieved:
         """Return the `k` best passages, or all if the index has fewer.
 
+        Args:
+            question: what is asked.
+            k: at most `MAX_K`.
+            where: which chunks are searched, all if None; an expression of pipelines.rag.where.
+
         Raises:
-            DataError: the question is blank or longer than the embedder reads, or `k` is not in 1 to `MAX_K`.
+            DataError: the question is blank or longer than the embedder reads, `k` is not in 1 to `MAX_K`, or the expression
+                cannot be read.
         """
         from pipelines.rag.ranking import rank
 
         self._check(question, k)
+        allowed = None if where is None else self.index.rows_where(where)
         started = time.perf_counter()
         vector = self.embedder.embed([question])[0] if self.config.dense_weight else None
         embedded = time.perf_counter()
-        ranked = rank(self.index, self.config, question, vector, k)
+        wanted = k
+        while True:
+            hits, held_back = self._screened(rank(self.index, self.config, question, vector, wanted, allowed))
+            if len(hits) >= k or wanted >= len(self.index if allowed is None else allowed):
+                break
+            wanted = k + len(held_back)
+        return Retrieved(tuple(hits[:k]), tuple(held_back), embedded - started, time.perf_counter() - embedded)
+
+    def _screened(self, ranked: Ranked) -> tuple[list[Hit], list[tuple[Hit, str]]]:
         cosines = [None] * len(ranked.rows) if ranked.cosines is None else ranked.cosines.tolist()
-        hits = tuple(
-            self.index.hit(row, score, cosine)
-            for row, score, cosine in zip(ranked.rows.tolist(), ranked.scores.tolist(), cosines, strict=True)
-        )
-        return Retrieved(hits, embedded - started, time.perf_counter() - embedded)
+        hits, held_back = [], []
+        for row, score, cosine in zip(ranked.rows.tolist(), ranked.scores.tolist(), cosines, strict=True):
+            hit = self.index.hit(row, score, cosine)
+            reason = reason_to_hold_back(f"{hit.title} {hit.text}") if self.config.screen else None
+            if reason:
+                held_back.append((hit, reason))
+            else:
+                hits.append(hit)
+        return hits, held_back
 
     def _check(self, question: str, k: int) -> None:
         if not 1 <= k <= MAX_K:

@@ -124,7 +124,7 @@ def resolved(config: ReaderConfig) -> dict[str, Any]:
 
 
 class Corpus:
-    """Passages of some pages, searched as in service.
+    """Passages of some pages, searched by their vectors alone: a reader meets harder passages so than in service.
 
     Args:
         retriever: of an index that holds these pages, and maybe others.
@@ -141,11 +141,8 @@ class Corpus:
         """Return the positions of the `k` best passages, best first, leaving out those in `without`."""
         import numpy as np
 
-        from pipelines.rag.ranking import rank
-
         allowed = np.array([row for position, row in enumerate(self.rows) if position not in without])
-        vector = self.retriever.embedder.embed([question])[0]
-        found = rank(self.retriever.index, self.retriever.config, question, vector, k, allowed)
+        found = self.retriever.index.nearest(self.retriever.embedder.embed([question])[0], k, allowed)
         return [self._position[row] for row in found.rows.tolist()]
 
 

@@ -31,6 +31,23 @@ def test_an_answer_has_passages_timings_and_usage(http: httpx.Client) -> None:
     assert answer["model"] == MODEL and answer["answer"]
 
 
+def test_a_passage_that_gives_orders_is_held_back_and_told(http: httpx.Client) -> None:
+    answer = ask(http, model=MODEL, k=3, max_tokens=1).json()
+    assert [p["source"] for p in answer["held_back"]] == ["crow.md"]
+    assert answer["held_back"][0]["reason"] == "tells to ignore instructions"
+    assert {p["source"] for p in answer["passages"]} == set(PAGES)
+
+
+def test_an_expression_says_which_passages_are_searched(http: httpx.Client) -> None:
+    passages = ask(http, k=3, max_tokens=1, where='source like "k*" or title contains "Tern"').json()["passages"]
+    assert {p["source"] for p in passages} == {"kite.md", "tern.md"}
+    nothing = ask(http, where="page > 7").json()
+    assert nothing["passages"] == [] and nothing["abstained"] and nothing["answer"]
+    refused = ask(http, where="sourse = 'x'")
+    assert refused.status_code == 422
+    assert "'sourse' at character 1" in refused.json()["error"]["message"] and "source" in refused.json()["error"]["expected"]
+
+
 def test_the_adapter_answers_unless_told_otherwise(http: httpx.Client) -> None:
     assert ask(http).json()["model"] == TUNED
 
