@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from datetime import datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from monitoring.metrics import INDEX_CHUNKS, INDEX_CREATED
 from pipelines.config import load, named
@@ -71,6 +71,15 @@ class Knowledge:
         from starlette.concurrency import run_in_threadpool
 
         return await run_in_threadpool(self.require().retrieve, question, k, where)
+
+    async def check(self, answer: str, found: Retrieved) -> list[dict[str, Any]]:
+        """Return the sentences of an answer with what they cite and whether that holds them; see pipelines.rag.support."""
+        from starlette.concurrency import run_in_threadpool
+
+        from pipelines.rag.support import check
+
+        checked = await run_in_threadpool(check, answer, found.hits, found.retriever)
+        return [{"text": s.text, "citations": list(s.cited), "supported": s.supported} for s in checked]
 
     def require(self) -> Retriever:
         """Return the retriever; `IndexMissing` if there is none."""

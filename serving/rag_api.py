@@ -85,11 +85,20 @@ class HeldBack(BaseModel):
     reason: str
 
 
+class Sentence(BaseModel):
+    """A sentence of the answer, the numbers it cites, and whether they hold it; null where nothing can be checked."""
+
+    text: str
+    citations: list[int]
+    supported: bool | None
+
+
 class Answer(BaseModel):
     """An answer; `citations` are the passages that it cites, `passages` all that the model was given."""
 
     answer: str
     abstained: bool
+    sentences: list[Sentence]
     citations: list[Passage]
     invalid_citations: list[int]
     passages: list[Passage]
@@ -140,12 +149,14 @@ async def _steps(query: Query, service: Service) -> AsyncIterator[Step]:
                 if piece := text_of(chunk):
                     pieces.append(piece)
                     yield "token", {"text": piece}
-    reply = parse("".join(pieces), len(passages))
+    text, timings = "".join(pieces), _timings(began, found, meter)
+    reply = parse(text, len(passages))
+    checked = [] if reply.abstained else await service.knowledge.check(text, found)
     _count_citations(reply)
     answer = {
-        "answer": reply.text, "abstained": reply.abstained, "citations": [passages[number - 1] for number in reply.cited],
-        "invalid_citations": list(reply.invalid), "passages": passages, "held_back": _held_back(found), "model": model,
-        "timings": _timings(began, found, meter), "usage": meter.usage,
+        "answer": reply.text, "abstained": reply.abstained, "sentences": checked,
+        "citations": [passages[number - 1] for number in reply.cited], "invalid_citations": list(reply.invalid),
+        "passages": passages, "held_back": _held_back(found), "model": model, "timings": timings, "usage": meter.usage,
     }  # fmt: skip
     yield "answer", answer
 

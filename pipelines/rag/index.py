@@ -72,6 +72,7 @@ class Hit:
     Attributes:
         score: what it was ranked by, 0..1 if vectors and words were both asked, else the cosine or the BM25 score.
         cosine: of the angle between question and passage; None if only words were asked.
+        row: of the index.
     """
 
     chunk_id: str
@@ -81,6 +82,7 @@ class Hit:
     score: float
     cosine: float | None = None
     page: int | None = None
+    row: int = -1
 
 
 @dataclass(frozen=True)
@@ -163,7 +165,7 @@ class Index:
     def hit(self, row: int, score: float, cosine: float | None) -> Hit:
         """Return a chunk as what was found."""
         found = self.chunks[row]
-        return Hit(found.id, found.source, found.title, found.text, score, cosine, found.page)
+        return Hit(found.id, found.source, found.title, found.text, score, cosine, found.page, row)
 
 
 def sync(docs: Path, name: str, config: RagConfig, embedder: Embedder, on_progress: Progress | None = None) -> SyncReport:

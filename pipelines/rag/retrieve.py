@@ -29,12 +29,14 @@ class Retrieved:
     Attributes:
         hits: best first.
         held_back: passages that would have been hits, and why they are not (pipelines.rag.screen).
+        retriever: that found it; another generation may serve by now.
     """
 
     hits: tuple[Hit, ...]
     held_back: tuple[tuple[Hit, str], ...]
     embed_seconds: float
     search_seconds: float
+    retriever: Retriever
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ class Retriever:
             if len(hits) >= k or wanted >= len(self.index if allowed is None else allowed):
                 break
             wanted = k + len(held_back)
-        return Retrieved(tuple(hits[:k]), tuple(held_back), embedded - started, time.perf_counter() - embedded)
+        return Retrieved(tuple(hits[:k]), tuple(held_back), embedded - started, time.perf_counter() - embedded, self)
 
     def _screened(self, ranked: Ranked) -> tuple[list[Hit], list[tuple[Hit, str]]]:
         cosines = [None] * len(ranked.rows) if ranked.cosines is None else ranked.cosines.tolist()

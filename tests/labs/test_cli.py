@@ -120,6 +120,12 @@ def test_an_empty_corpus_is_refused_and_the_old_index_stays(tmp_path: Path) -> N
     done = llmlab("index", "sync", str(docs), **index)
     assert json.loads(done.stdout.splitlines()[-1])["skipped"] == 2
     assert "empty.md" in done.stderr and "latin.txt" in done.stderr
+    (docs / "b.md").write_text("# B\n\nAnother page.\n")
+    compared = llmlab("index", "diff", str(docs), **index)
+    assert "+ b.md" in compared.stderr
+    assert json.loads(compared.stdout.splitlines()[-1])["added"] == 1
+    assert "knowledge" in llmlab("index", "list", **index).stdout
+    (docs / "b.md").unlink()
     (docs / "a.md").unlink()
     refused("index", "sync", str(docs), status=1, **index)
     refused("index", "sync", str(tmp_path / "nowhere"), status=1, **index)

@@ -9,7 +9,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from monitoring.metrics import series_names
 from serving.launch import Running
-from tests.serving.conftest import MODEL, PAGES, TUNED, fake_service, metric
+from tests.serving.conftest import MODEL, PAGES, POISONED, TUNED, fake_service, metric
 
 
 def test_requests_move_the_metrics(http: httpx.Client) -> None:
@@ -42,7 +42,7 @@ def test_gauges_tell_the_state_of_the_newest_service(tmp_path: Path, index_root:
 def check_gauges(http: httpx.Client) -> None:
     assert metric(http, "llmlab_engine_up", engine="llamacpp") == 1
     assert metric(http, "llmlab_engine_info", engine="llamacpp", reason="asked for by name") == 1
-    assert metric(http, "llmlab_index_chunks") == len(PAGES)
+    assert metric(http, "llmlab_index_chunks") == len(PAGES) + len(POISONED)
     assert metric(http, "llmlab_index_created_timestamp_seconds") > 1.7e9
     assert metric(http, "llmlab_build_info") == 1
     assert metric(http, "llmlab_http_requests_in_flight") == 1, "this very request"

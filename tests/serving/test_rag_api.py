@@ -48,6 +48,21 @@ def test_an_expression_says_which_passages_are_searched(http: httpx.Client) -> N
     assert "'sourse' at character 1" in refused.json()["error"]["message"] and "source" in refused.json()["error"]["expected"]
 
 
+def test_each_sentence_says_what_it_cites_and_whether_that_holds_it(http: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    from serving import rag_api
+
+    text = "Vela was made by Orion Labs [1]. It has 80 billion parameters [1]. Kite is written in Rust [1]. Yes."
+    monkeypatch.setattr(rag_api, "text_of", lambda _, replies=[text]: replies.pop() if replies else "")  # noqa: B006
+    answer = ask(http, model=MODEL, k=3).json()
+    assert answer["passages"][0]["source"] == "vela.md"
+    assert [(s["text"], s["citations"], s["supported"]) for s in answer["sentences"]] == [
+        ("Vela was made by Orion Labs.", [1], True),
+        ("It has 80 billion parameters.", [1], False),
+        ("Kite is written in Rust.", [1], False),
+        ("Yes.", [], None),
+    ]
+
+
 def test_the_adapter_answers_unless_told_otherwise(http: httpx.Client) -> None:
     assert ask(http).json()["model"] == TUNED
 
