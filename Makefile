@@ -94,7 +94,7 @@ bench: .venv/bench ## compare trainers: TRL, a plain loop, LLaMA-Factory if set 
 test-all: .venv/dev .venv/bench setup-vllm ## the longer checks: vLLM on this machine, a real Prometheus, the demo itself
 	@.venv/bin/pytest -m slow
 
-test-faults: .venv/dev ## kill a training at 120 points and resume it each time (about 15 minutes)
+test-faults: .venv/dev ## kill a training at 120 points and an index at over 200, and go on each time (about 15 minutes)
 	@.venv/bin/pytest -m faults
 
 lock: ## resolve requirements/*.in again into the lock files

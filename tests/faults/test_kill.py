@@ -1,7 +1,8 @@
-"""Training killed with SIGKILL at chosen points, then resumed: the same losses and the same adapter, to the bit.
+"""Training killed with SIGKILL at chosen points, then resumed: the same losses and the same adapter, to the bit; and an index.
 
-`make test-faults` takes 120 points; `make test-all` a sample of 8. Points are spread over all events of a job, so they fall
-into steps, checkpoints and the sealing of the run (see driver.py).
+`make test-faults` takes 120 points of a training and over 200 of an index; `make test-all` a sample. Points are spread over
+all events, so they fall into steps, checkpoints and the sealing of a run (driver.py), or into the build, sync and switch of an
+index (index_driver.py).
 """
 
 from __future__ import annotations
@@ -98,3 +99,25 @@ def test_a_full_and_a_read_only_disk_are_explained(root: Path, tmp_path: Path, o
     if "unshare" in done.stderr or "mount:" in done.stderr:
         pytest.skip("this user may not mount a file system")
     assert message in done.stdout, done.stderr[-2000:]
+
+
+def kill_index(root: Path, points: int) -> dict[str, Any]:
+    command = [sys.executable, str(Path(__file__).with_name("index_driver.py")), str(root), str(points)]
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+@pytest.mark.slow
+def test_a_sample_of_kill_points_of_an_index(tmp_path: Path) -> None:
+    assert set(kill_index(tmp_path, 24)["found"]) == {"build: old", "build: new", "sync: old", "sync: new"}
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(1200)
+def test_every_kill_point_of_an_index(tmp_path: Path, report_figure: Any) -> None:
+    counts = kill_index(tmp_path, 300)
+    report_figure(f"index killed, opened and synced: {counts}")
+    assert counts["points"] >= 200
