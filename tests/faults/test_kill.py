@@ -87,7 +87,12 @@ except LabError as error:
 
 
 @pytest.mark.parametrize(
-    ("options", "message"), [("size=700k", "DiskFull no space left"), ("ro", "NotWritable"), ("size=64m", "finished")]
+    ("options", "message"),
+    [
+        ("size=700k", "DiskFull no space left"),
+        ("ro", "NotWritable"),
+        pytest.param("size=64m", "finished", marks=pytest.mark.slow),
+    ],
 )
 def test_a_full_and_a_read_only_disk_are_explained(root: Path, tmp_path: Path, options: str, message: str) -> None:
     """A real file system of that size, in a mount namespace of its own."""

@@ -61,6 +61,7 @@ def port(lab: Running) -> str:
     return lab.url.rpartition(":")[2]
 
 
+@pytest.mark.slow
 def test_rows_of_real_documents_by_the_real_engine(docs: Path, tmp_path: Path, port: str) -> None:
     """Interrupted once: what is done stays, the same command goes on, and every row can be learnt from."""
     out, journal = tmp_path / "rows.jsonl", tmp_path / "rows.jsonl.journal"

@@ -61,6 +61,7 @@ def test_sentences_end_where_they_end() -> None:
 
 
 @NO_DATA
+@pytest.mark.slow
 def test_statements_are_held_by_their_paragraph_and_not_by_its_neighbour(
     tmp_path: Path, config: RagConfig, minilm: Embedder, report_figure: Callable[[str], None]
 ) -> None:

@@ -54,7 +54,10 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-@pytest.mark.parametrize("more", [(), ("schedule.shard_weights=true", "schedule.checkpointing=true", "schedule.rows_per_step=5")])
+SHARDED_SETTINGS = ("schedule.shard_weights=true", "schedule.checkpointing=true", "schedule.rows_per_step=5")
+
+
+@pytest.mark.parametrize("more", [(), pytest.param(SHARDED_SETTINGS, marks=pytest.mark.slow)])
 def test_two_processes_learn_what_one_learns(more: Sequence[str], place: Path) -> None:
     found, cards = {}, {}
     for processes in (1, 2):
