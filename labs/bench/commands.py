@@ -51,6 +51,8 @@ def rag(
     rows = [(name, method, *of.values()) for name, by_method in document["recall"].items() for method, of in by_method.items()]
     table("What is found", ["set", "method", "recall@1", "recall@5", "recall@10", "MRR", "nDCG@10"], rows)
     table("What it costs", ["what", "value"], [(key, value) for key, value in document.items() if isinstance(value, float)])
+    made = [(name, *of.values()) for name, of in document["embedders"].items()]
+    table("Embedders", ["embedder", "times torch", "one question, times torch", "passages/s", "ms a question", "nDCG@10"], made)
     found = [(size, kind, *of.values()) for size, by_kind in document["ann"].items() for kind, of in by_kind.items()]
     table("Approximate search", ["vectors", "kind", "recall@10", "times flat", "ms", "bytes", "build s", "breadth"], found)
     json_line(document)

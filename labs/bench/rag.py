@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 from labs.bench import xquad
 from pipelines.config import load, named
 from pipelines.errors import ConfigError
+from pipelines.rag.embed import EMBEDDERS
 from pipelines.rag.index import MAX_K, RagConfig
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ METHODS: dict[str, float | None] = {
     "hybrid": None,
 }  # weight of the vectors; None is that of the configuration
 CUTS = (1, 5, 10)
-TIMED_QUESTIONS, SAMPLE_SEED = 60, 7
+TIMED_QUESTIONS, EMBEDDED_PASSAGES, SAMPLE_SEED = 60, 96, 7
 CHANGED_SHARE = 0.01
 QUICK_VECTORS, FULL_VECTORS = (200_000,), (200_000, 1_000_000)
 DIMENSION, LATENT, ROWS_PER_CLUSTER, CLUSTER_SPREAD = 384, 48, 200, 0.7
@@ -96,6 +97,7 @@ def bench_rag(vector_counts: Sequence[int], progress: Progress) -> dict[str, Any
         document: dict[str, Any] = {
             "recall": quality, "hybrid_worst_gap": _worst_gap(quality), "hybrid_mean_gain": _mean_gain(quality),
             "reindex_one_percent_ratio": again_seconds / first_seconds, **speed(sets[0]),
+            "embedders": {name: embedding(name, sets[1]) for name in EMBEDDERS},
         }  # fmt: skip
     document["ann"] = {}
     for done, count in enumerate(vector_counts):
@@ -156,6 +158,34 @@ def speed(asked: Set) -> dict[str, float]:
     return {
         "retrieve_p50_ms": 1000 * ours, "retrieve_ratio_to_raw": ours / without,
         "bm25_ratio_to_rank_bm25": by_theirs / by_ours, "bm25_passages": float(SPEED_PASSAGES),
+    }  # fmt: skip
+
+
+def embedding(name: str, asked: Set) -> dict[str, float]:
+    """Return what an embedder costs beside MiniLM by torch, 32 texts at once as sentence-transformers does, and what it finds.
+
+    Args:
+        name: of the embedder.
+        asked: questions about an index, whose passages are embedded anew.
+    """
+    import numpy as np
+
+    from pipelines.rag.embed import MiniLM, load_embedder, packaged_folder
+
+    reference, embedder = MiniLM(packaged_folder()), load_embedder(name)
+    reference.texts_at_once = 32
+    index = asked.retriever.index
+    passages, questions = [c.passage for c in index.chunks], [q.text for q in asked.questions]
+    timed = passages[:EMBEDDED_PASSAGES]
+    slow, fast = _in_turns([reference.embed, embedder.embed], [timed] * 3)
+    slow_one, fast_one = _in_turns([reference.embed, embedder.embed], [[q] for q in questions[:TIMED_QUESTIONS]])
+    vectors, gains = embedder.embed(passages), []
+    for question, vector in zip(asked.questions, embedder.embed(questions), strict=True):
+        best = np.argsort(-(vectors @ vector), kind="stable")[:MAX_K].tolist()
+        gains.append(_of_one(list(dict.fromkeys(asked.key(index.chunks[row]) for row in best)), question.right)["ndcg_at_10"])
+    return {
+        "ratio_to_torch": slow / fast, "question_ratio_to_torch": slow_one / fast_one, "passages_per_second": len(timed) / fast,
+        "question_ms": 1000 * fast_one, "ndcg_at_10": sum(gains) / len(gains),
     }  # fmt: skip
 
 

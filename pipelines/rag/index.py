@@ -54,7 +54,7 @@ CREATE TABLE documents (source TEXT PRIMARY KEY, sha256 TEXT NOT NULL);
 class RagConfig(Config):
     """How documents are indexed and how passages are found for a question: configs/rag/*.yaml."""
 
-    embedder: Literal["minilm"]
+    embedder: Literal["minilm", "minilm-int8"]
     chunk_max_tokens: int = Field(ge=32, le=256, description="title and text, in the embedder's tokens")
     stemmer: str = Field(description="a Snowball language, or none")
     vectors: Literal["auto", "flat", "hnsw", "ivf-sq8", "ivf-pq"]

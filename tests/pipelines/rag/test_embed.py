@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ def test_vectors_equal_those_of_sentence_transformers(minilm: Embedder) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of its imports, not ours
         reference = pytest.importorskip("sentence_transformers").SentenceTransformer(
-            str(embed._package_folder()), device="cpu", local_files_only=True
+            str(embed.packaged_folder()), device="cpu", local_files_only=True
         )
         expected = reference.encode(TEXTS, normalize_embeddings=True, show_progress_bar=False)
     vectors = minilm.embed(TEXTS)
@@ -35,7 +36,7 @@ def test_vectors_equal_those_of_sentence_transformers(minilm: Embedder) -> None:
 
 def test_batches_do_not_change_the_order(minilm: Embedder, monkeypatch: pytest.MonkeyPatch) -> None:
     expected, progress = minilm.embed(TEXTS), list[tuple[int, int]]()
-    monkeypatch.setattr(embed, "BATCH_SIZE", 4)
+    monkeypatch.setattr(minilm, "texts_at_once", 4)
     np.testing.assert_allclose(minilm.embed(TEXTS, lambda *step: progress.append(step)), expected, atol=1e-5)
     assert progress == [(4, 6), (6, 6)]
     assert minilm.embed([]).shape == (0, minilm.dimension)
@@ -67,7 +68,7 @@ def test_threads_are_set_only_if_asked_for(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_the_fingerprint_covers_the_content_of_the_files(minilm: Embedder, tmp_path: Path) -> None:
-    for path in embed._package_folder().glob("*.*"):
+    for path in embed.packaged_folder().glob("*.*"):
         if path.is_file():
             (tmp_path / path.name).symlink_to(path)
     assert MiniLM(tmp_path).fingerprint == minilm.fingerprint
@@ -85,10 +86,46 @@ def test_missing_weights_name_the_package(monkeypatch: pytest.MonkeyPatch) -> No
         load_embedder("miniln")
 
 
+@pytest.fixture(scope="module")
+def int8() -> Embedder:
+    return load_embedder("minilm-int8")
+
+
+def test_eight_bits_say_nearly_the_same(minilm: Embedder, int8: Embedder) -> None:
+    texts = ["Which licence does Falcon have?", "A KV cache keeps keys and values of tokens.", "Paris lies on the Seine.", *TEXTS]
+    wide, narrow = minilm.embed(texts), int8.embed(texts)
+    assert narrow.dtype == np.float32 and narrow.shape == wide.shape
+    np.testing.assert_allclose(np.linalg.norm(narrow, axis=1), 1, atol=1e-5)
+    assert (wide * narrow).sum(1).min() > 0.97
+    assert int8.fingerprint != minilm.fingerprint and int8.max_tokens == minilm.max_tokens
+
+
+def test_eight_bits_hold_from_threads_and_refuse_what_is_too_long(int8: Embedder) -> None:
+    expected = [int8.embed([text])[0] for text in TEXTS]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda text: int8.embed([text])[0], TEXTS * 5))
+    for number, vector in enumerate(found):
+        np.testing.assert_allclose(vector, expected[number % len(TEXTS)], atol=1e-5)
+    with pytest.raises(DataError, match="257 tokens"):
+        int8.embed(["word " * 255])
+
+
+def test_a_changed_file_of_eight_bits_is_made_again(int8: Embedder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLMLAB_MODELS", str(tmp_path))
+    made = load_embedder("minilm-int8")
+    (path,) = tmp_path.glob("minilm-int8-*/model.onnx")
+    content = path.read_bytes()
+    np.testing.assert_allclose(made.embed(TEXTS), int8.embed(TEXTS), atol=1e-6)
+    path.write_bytes(content[:-100] + bytes(100))
+    assert load_embedder("minilm-int8").fingerprint == int8.fingerprint
+    assert path.read_bytes() == content and not list(tmp_path.glob("*/.making-*"))
+
+
 def test_importing_the_modules_loads_nothing_heavy() -> None:
     code = (
         "import sys, pipelines.rag.retrieve\n"
-        "heavy = {'torch', 'transformers', 'faiss', 'langchain_core', 'pypdf', 'bs4', 'tokenizers', 'numpy'} & set(sys.modules)\n"
+        "heavy = {'torch', 'transformers', 'faiss', 'langchain_core', 'pypdf', 'bs4', 'tokenizers', 'numpy', 'onnxruntime'}\n"
+        "heavy &= set(sys.modules)\n"
         "sys.exit(f'{heavy} were imported' if heavy else 0)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
