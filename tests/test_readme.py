@@ -54,6 +54,26 @@ def test_the_table_shows_what_was_measured() -> None:
     assert figures["abstention_f1"] >= 0.7
 
 
+def test_the_comparison_of_trainers_shows_what_was_measured() -> None:
+    figures = json.loads((ROOT / "labs" / "measured" / "tune.json").read_text(encoding="utf-8"))
+    table = README.split("<!-- labs/measured/tune.json -->")[1].split("\n**")[0]
+    for name, speed in figures["examples_per_second"].items():
+        if name in figures["peak_rss_bytes"] and name != "ours_short":
+            assert f"| {speed:.2f} | {figures['peak_rss_bytes'][name] / 1e9:.1f} GB |" in table, name
+    for key in ("ratio_to_trl_default", "ratio_to_trl_tuned"):
+        assert f"{figures[key]:.0f} times" in table, key
+    assert figures["ratio_to_trl_default"] >= 5 and figures["ratio_to_trl_tuned"] >= 2 and figures["peak_rss_ratio"] <= 0.5
+
+
+def test_the_comparison_of_searches_shows_what_was_measured() -> None:
+    figures = json.loads((ROOT / "labs" / "measured" / "rag.json").read_text(encoding="utf-8"))
+    table = README.split("<!-- labs/measured/rag.json -->")[1].split("\n**")[0]
+    for name, by_method in figures["recall"].items():
+        shown = " | ".join(f"{by_method[method]['recall_at_1']:.2f}" for method in ("bm25", "dense", "hybrid"))
+        assert f"| {shown} |" in table, name
+    assert figures["hybrid_worst_gap"] <= 0.005
+
+
 def test_pictures_exist_and_the_output_shows_an_answer_and_an_abstention() -> None:
     pictures = re.findall(r"!\[[^]]*\]\(([^)]+)\)", README)
     assert pictures
