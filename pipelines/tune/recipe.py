@@ -22,6 +22,9 @@ class Optimiser(Config):
     """AdamW with linear warm-up and cosine decay to zero."""
 
     learning_rate: float = Field(gt=0, lt=1)
+    lora_plus_ratio: float = Field(
+        default=1, ge=1, le=64, description="lora_B learns so many times as fast as lora_A (LoRA+, arXiv 2402.12354)"
+    )
     weight_decay: float = Field(ge=0)
     warmup_share: float = Field(ge=0, lt=1)
     max_gradient_norm: float = Field(gt=0)

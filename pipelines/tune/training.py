@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 ALONE = Team()
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+LORA_B, RATIO = ".lora_B.", "rate_ratio"
 PAGED_MOMENTS = ("step", "state1", "state2")  # the names of bitsandbytes
 
 
@@ -157,7 +158,7 @@ class Training:
         began = time.perf_counter()
         rate = learning_rate(self.optimiser_recipe, step, len(self.steps))
         for parameters in self.optimiser.param_groups:
-            parameters["lr"] = rate
+            parameters["lr"] = rate * parameters[RATIO]
         loss, sequences = self._gradient(step)
         norm = torch.nn.utils.clip_grad_norm_(self.trained.values(), self.optimiser_recipe.max_gradient_norm)
         if not math.isfinite(loss):
@@ -186,12 +187,18 @@ class Training:
         import torch
 
         settings = {"lr": self.optimiser_recipe.learning_rate, "weight_decay": self.optimiser_recipe.weight_decay}
+        faster = {name for name in self.trained if LORA_B in name} if self.optimiser_recipe.lora_plus_ratio != 1 else set()
+        groups = [
+            {"params": [p for name, p in self.trained.items() if (name in faster) == fast], RATIO: ratio}
+            for fast, ratio in ((False, 1.0), (True, self.optimiser_recipe.lora_plus_ratio))
+        ]
+        groups = [group for group in groups if group["params"]]
         if self.paged:
             from bitsandbytes.optim import PagedAdamW
 
-            paged: torch.optim.Optimizer = PagedAdamW(self.trained.values(), **settings)
+            paged: torch.optim.Optimizer = PagedAdamW(groups, **settings)
             return paged
-        return torch.optim.AdamW(self.trained.values(), **settings)
+        return torch.optim.AdamW(groups, **settings)
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         import torch

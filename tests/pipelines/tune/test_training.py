@@ -72,3 +72,25 @@ def test_a_loss_that_is_not_finite_ends_the_training(tiny: Path, trees: list[Pac
     next(iter(training.trained.values())).data.fill_(float("nan"))
     with pytest.raises(TrainingFailed, match="loss is nan"):
         training.run(lambda _: None)
+
+
+def test_loraplus_makes_the_steps_of_peft(tiny: Path, trees: list[Packed], tmp_path: Path) -> None:
+    """PEFT's own optimiser, given the same gradients and learning rates."""
+    import torch
+    from peft.optimizers import create_loraplus_optimizer
+
+    training = tiny_training(tiny, trees, tmp_path, "optimiser.lora_plus_ratio=8", "optimiser.max_gradient_norm=1e9")
+    other = tiny_training(tiny, trees, tmp_path / "other")
+    theirs = create_loraplus_optimizer(other.model, torch.optim.AdamW, lr=1.0, loraplus_lr_ratio=8, weight_decay=0.0)
+    ratio = [group["lr"] for group in theirs.param_groups]
+    assert set(ratio) == {1.0, 8.0, 1e-6}  # the last is for embeddings, of which none is trained
+    taken: list[Step] = []
+    training.run(taken.append)
+    for step in taken:
+        other._gradient(step.step - 1)
+        for group, times in zip(theirs.param_groups, ratio, strict=True):
+            group["lr"] = step.learning_rate * times
+        theirs.step()
+        theirs.zero_grad()
+    for name, parameter in training.trained.items():
+        assert torch.allclose(parameter, other.trained[name], atol=1e-6), name
