@@ -274,7 +274,7 @@ def test_an_interrupted_file_is_gone_on_with_to_the_byte(job: Job, calls: int) -
         make(job, first, Words)
     done = job.out.with_name("rows.jsonl.journal").read_text().count('"kept"')
     with job.out.open("a") as rows, job.out.with_name("rows.jsonl.journal").open("a") as journal:
-        rows.write('{"messages": [], "chunk": "of no finished chunk", "question": "?"}\n{"half a l')
+        rows.write('{"messages": [], "group": "of no finished chunk", "question": "?"}\n{"half a l')
         journal.write('{"chunk": "half')
     assert make(job, second, Words) == expected
     assert job.out.read_bytes() == whole.out.read_bytes()
