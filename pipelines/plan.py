@@ -208,24 +208,45 @@ def activation_bytes(model: Any, batch: Batch, size: int) -> int:
     labels = torch.zeros(batch.labels, dtype=torch.long, device="meta")
     mask = torch.ones(batch.sequences, 1, batch.tokens, batch.tokens, dtype=torch.bool, device="meta")
     inputs = {"input_ids": places, "position_ids": places, "attention_mask": mask, "label_places": labels, "labels": labels}
-    kept: dict[int, int] = {}
     parameters = {p.untyped_storage()._cdata for p in model.parameters()}
-    alive = []  # a storage that is gone would lend its address to the next
+    kept = _Kept()
 
-    def note(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
+    def note(tensor: torch.Tensor) -> _Held | None:
         scores = tensor.shape[-2:] == (batch.tokens, batch.tokens) and tensor.is_floating_point()  # fused attention keeps none
-        if storage._cdata not in parameters and not scores:
-            kept[storage._cdata] = storage.nbytes()
-            alive.append(tensor)
-        return tensor
+        return None if scores or tensor.untyped_storage()._cdata in parameters else _Held(kept, tensor)
 
     model.train()
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda held: held):
         loss = label_loss(model, inputs)
     assert loss.is_meta
     logits: int = LOGIT_COPIES * batch.labels * model.get_output_embeddings().weight.shape[0] * 4
-    return int(ACTIVATION_FACTOR * sum(kept.values()) * size / 4 + logits)
+    return int(ACTIVATION_FACTOR * kept.most * size / 4 + logits)
+
+
+class _Kept:
+    """The storages that graphs hold, each counted once; `most` is the most bytes at a time."""
+
+    def __init__(self) -> None:
+        self.holders: dict[int, int] = {}
+        self.bytes = self.most = 0
+
+
+class _Held:
+    """A tensor in the hands of a graph, which lets go of it when the graph is dropped, as DoRA's norms are at once."""
+
+    def __init__(self, kept: _Kept, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        self.kept, self.tensor, self.key, self.size = kept, tensor, storage._cdata, storage.nbytes()
+        before = kept.holders.get(self.key, 0)
+        kept.holders[self.key] = before + 1
+        kept.bytes += 0 if before else self.size
+        kept.most = max(kept.most, kept.bytes)
+
+    def __del__(self) -> None:
+        """Let go."""
+        self.kept.holders[self.key] -= 1
+        if not self.kept.holders[self.key]:
+            self.kept.bytes -= self.size
 
 
 def meta_model(entry: Model, recipe: Recipe, lora: Lora | None = None) -> Any:

@@ -77,7 +77,7 @@ def test_langchain_uses_it_in_a_chain(retriever: Retriever) -> None:
 
 
 @pytest.mark.slow
-def test_recall_on_xquad(tmp_path: Path, minilm: Embedder) -> None:
+def test_recall_on_xquad(tmp_path: Path, config: RagConfig, minilm: Embedder) -> None:
     path = DATA / "xquad.en.json"
     if not path.is_file():
         pytest.skip(f"{path} is absent; LLMLAB_DATA names the folder that holds it")
@@ -86,8 +86,9 @@ def test_recall_on_xquad(tmp_path: Path, minilm: Embedder) -> None:
     for article in articles:
         paragraphs = "\n\n".join(p["context"] for p in article["paragraphs"])
         (tmp_path / "xquad" / f"{article['title']}.md").write_text(f"# {article['title']}\n\n{paragraphs}\n", encoding="utf-8")
-    sync(tmp_path / "xquad", "xquad", RagConfig(embedder="minilm", chunk_max_tokens=96, top_k=3), minilm)
-    retriever = Retriever(open_index("xquad", minilm), minilm)
+    config = config.model_copy(update={"chunk_max_tokens": 96})
+    sync(tmp_path / "xquad", "xquad", config, minilm)
+    retriever = Retriever(open_index("xquad", minilm), minilm, config)
     asked = [(a["title"], q) for a in articles for p in a["paragraphs"] for q in p["qas"]]
     found = [
         any(
