@@ -45,7 +45,7 @@ _TABLES = """
 CREATE TABLE chunks (
     position INTEGER PRIMARY KEY,  -- row of the vector
     id TEXT NOT NULL UNIQUE, source TEXT NOT NULL, title TEXT NOT NULL, text TEXT NOT NULL,
-    start INTEGER NOT NULL, "end" INTEGER NOT NULL, page INTEGER, content_hash TEXT NOT NULL
+    start INTEGER NOT NULL, "end" INTEGER NOT NULL, page INTEGER, kind TEXT NOT NULL, content_hash TEXT NOT NULL
 );
 CREATE TABLE documents (source TEXT PRIMARY KEY, sha256 TEXT NOT NULL);
 """
@@ -156,11 +156,11 @@ class Index:
         """Return the rows of the chunks that an expression matches, in order; `DataError` if it cannot be read."""
         import numpy as np
 
-        from pipelines.rag.where import parse
+        from pipelines.rag.where import FIELDS, parse
 
         expression = parse(where)
-        fields = ({"source": c.source, "title": c.title, "text": c.text, "page": c.page, "id": c.id} for c in self.chunks)
-        return np.array([row for row, record in enumerate(fields) if expression.matches(record)], dtype=np.int64)
+        records = ({field: getattr(c, field) for field in FIELDS} for c in self.chunks)
+        return np.array([row for row, record in enumerate(records) if expression.matches(record)], dtype=np.int64)
 
     def hit(self, row: int, score: float, cosine: float | None) -> Hit:
         """Return a chunk as what was found."""
