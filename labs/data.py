@@ -103,7 +103,7 @@ def data_fetch(name: Annotated[str, typer.Argument(help="OWNER/NAME, OWNER/NAME/
 
 @data_app.command("from-docs")
 def data_from_docs(
-    docs: Annotated[Path, typer.Argument(help="A folder of Markdown, text, HTML or PDF.")],
+    docs: Annotated[Path, typer.Argument(help="A folder of documents, as for llmlab index sync.")],
     out: Annotated[Path, typer.Option(help="The file of rows, .jsonl; the same command goes on with it.")],
     per_chunk: Annotated[int, typer.Option(min=1, help="Questions to keep of a chunk, at most.")] = 2,
     distractors: Annotated[int, typer.Option(min=0, max=9, help="Passages beside the right one.")] = 2,

@@ -62,6 +62,7 @@ class RagConfig(Config):
     top_k: int = Field(ge=1, le=MAX_K, description="passages for a question")
     candidates: int = Field(ge=1, le=1000, description="of each kind of search, which are then ranked together")
     screen: bool = Field(description="keep passages that speak to the model out of prompts (pipelines.rag.screen)")
+    web_hosts: list[str] = Field(description="that llmlab index fetch may ask")
     dense_weight: float = Field(ge=0, le=1, description="of the vectors in the ranking; the rest is that of the words")
 
 
