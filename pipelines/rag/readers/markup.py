@@ -26,6 +26,7 @@ _HTML_BLOCKS = (
     "form", "header", "hr", "li", "main", "ol", "p", "pre", "section", "table", "tr", "ul",
 )  # fmt: skip
 _HTML_MARK = "\x00"  # stands around a heading; no text file that is read here holds one
+_HTML_END = "<!---->"  # ends a tag or comment that is still open, as browsers do; the parser would try at each "<" again
 _HTML_AFTER = {"br": "\n", "td": " ", "th": " "}
 
 
@@ -54,7 +55,7 @@ def html(content: bytes, stem: str) -> Read:
     from bs4 import BeautifulSoup
 
     check_size(content, MAX_BYTES)
-    soup = BeautifulSoup(text_of(content), "html.parser")
+    soup = BeautifulSoup(text_of(content) + _HTML_END, "html.parser")
     title = one_line(soup.title.get_text()) if soup.title else ""
     before, *rest = "".join(_html_pieces(soup.children, headings=True)).split(_HTML_MARK)
     parts = [Part(int(mark[0]), mark[1:], text) for mark, text in zip(rest[::2], rest[1::2], strict=True)]

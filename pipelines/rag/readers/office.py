@@ -126,9 +126,11 @@ def _cell(cell: Any) -> str:
 
 def _joined(texts: Sequence[str]) -> str:
     """Return paragraphs with a blank line between them, and items of a list without."""
-    kept = [text for text in texts if text]
-    ends = ["\n" if a.startswith("- ") and b.startswith("- ") else "\n\n" for a, b in zip(kept, kept[1:], strict=False)]
-    return "".join(text + end for text, end in zip(kept, [*ends, ""], strict=True))
+    pieces, before = list[str](), ""
+    for text in filter(None, texts):
+        pieces += ["\n" if before.startswith("- ") and text.startswith("- ") else "\n\n", text]
+        before = text
+    return "".join(pieces)
 
 
 def _pictures(page: PageObject) -> list[str]:
