@@ -134,7 +134,7 @@ def data_from_docs(
     from serving.settings import load_serve_config
 
     began, out, server, rag = time.monotonic(), out.expanduser(), load_serve_config(), load(named("rag", "default"), RagConfig)
-    from_docs.check_out(out)
+    from_docs.check_out(out, docs.expanduser())
     try:
         with Chat(f"http://{server.host}:{port or server.port}", model) as chat, CountScreen() as screen:
             job = from_docs.Job(docs.expanduser(), out, chat.model, rag.chunk_max_tokens, per_chunk, distractors, abstain,

@@ -275,7 +275,8 @@ def _read(
     same = before and (before.manifest["readers"], before.manifest["config"]["chunk_max_tokens"]) == (
         READERS_VERSION, config.chunk_max_tokens)  # fmt: skip
     kept = _by_source(before.chunks) if before and same else {}
-    documents, skipped = load(docs, before.documents if before and same else None)
+    left_out = [Skipped(**s) for s in before.manifest["skipped"]] if before and same else []
+    documents, skipped = load(docs, before.documents if before and same else None, left_out)
     chunks: list[Chunk] = []
     for done, document in enumerate(documents, 1):
         cut = chunk(document, config.chunk_max_tokens, embedder.token_count) if document.sections else kept[document.source]

@@ -64,18 +64,28 @@ class Document:
 
 @dataclass(frozen=True)
 class Skipped:
-    """A file that was left out, and why."""
+    """A file that was left out, and why.
+
+    Attributes:
+        path: its path relative to the folder.
+        reason: why.
+        sha256: of the file, if it is left out again as long as it stays what it is.
+    """
 
     path: str
     reason: str
+    sha256: str = ""
 
 
-def load(root: Path, known: Mapping[str, str] | None = None) -> tuple[list[Document], list[Skipped]]:
+def load(
+    root: Path, known: Mapping[str, str] | None = None, left_out: Sequence[Skipped] = ()
+) -> tuple[list[Document], list[Skipped]]:
     """Read every document below a folder, in the order of the paths; hidden files are passed over.
 
     Args:
         root: the folder.
         known: sha256 by source; a file that still has it is not parsed, and comes without sections.
+        left_out: what was left out before; a file that is still the same is not parsed either.
 
     Raises:
         DataError: there is no such folder, or no readable document in it.
@@ -83,13 +93,13 @@ def load(root: Path, known: Mapping[str, str] | None = None) -> tuple[list[Docum
     if not root.is_dir():
         came = "is a file" if root.is_file() else "does not exist"
         raise DataError(f"{root} {came}", "a folder of documents", "make index DOCS=path/to/folder")
-    documents, skipped = [], []
+    documents, skipped, before = [], [], {s.path: s for s in left_out if s.sha256}
     for path in _files(root):
         source = path.relative_to(root).as_posix()
         try:
-            documents.append(_read(root, path, source, (known or {}).get(source)))
+            documents.append(_read(root, path, source, (known or {}).get(source), before.get(source)))
         except Unreadable as error:
-            skipped.append(Skipped(storable(source), str(error)))
+            skipped.append(Skipped(storable(source), str(error), error.sha256))
     if not documents:
         raise _empty(root, skipped)
     return documents, skipped
@@ -117,7 +127,7 @@ def _empty(root: Path, skipped: Sequence[Skipped]) -> DataError:
                      "make index DOCS=path/to/folder")  # fmt: skip
 
 
-def _read(root: Path, path: Path, source: str, known: str | None) -> Document:
+def _read(root: Path, path: Path, source: str, known: str | None, left_out: Skipped | None) -> Document:
     if source != storable(source):
         raise Unreadable("the file name is not UTF-8")
     if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root)):
@@ -131,11 +141,13 @@ def _read(root: Path, path: Path, source: str, known: str | None) -> Document:
     sha256 = hashlib.sha256(content).hexdigest()
     if sha256 == known:
         return Document(source, "", (), sha256, kind)
-    title, sections = _parse(reader, content, path.stem)
+    if left_out and left_out.sha256 == sha256:
+        raise Unreadable(left_out.reason, sha256)
+    title, sections = _parse(reader, content, path.stem, sha256)
     clean = (replace(s, path=tuple(map(storable, s.path)), text=storable(s.text)) for s in sections)
     kept = tuple(section for section in clean if section.text.strip())
     if not kept:
-        raise Unreadable("no text in it")
+        raise Unreadable("no text in it", sha256)
     return Document(source, storable(title), kept, sha256, kind)
 
 
@@ -151,10 +163,10 @@ def _content(path: Path) -> bytes:
     return content
 
 
-def _parse(reader: Reader, content: bytes, stem: str) -> Read:
+def _parse(reader: Reader, content: bytes, stem: str, sha256: str) -> Read:
     try:
         return reader(content, stem)
-    except Unreadable:
-        raise
+    except Unreadable as error:
+        raise Unreadable(str(error), sha256) from error
     except Exception as error:  # whatever a parser raises on a broken file, the other files are still wanted
         raise Unreadable(f"cannot be read: {type(error).__name__}: {error}") from error

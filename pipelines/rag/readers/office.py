@@ -152,6 +152,11 @@ def _pictures(page: PageObject) -> list[str]:
 def _scanned(page: PageObject, pictures: Sequence[str]) -> str:
     from pipelines.rag.readers.image import text_in
 
-    images = (page.images[name].image for name in pictures)
-    turned = [image.rotate(-page.rotation, expand=True) for image in images if image is not None]
-    return "\n\n".join(text for text in map(text_in, turned) if text)
+    texts = []
+    for name in pictures:
+        try:
+            image = page.images[name].image
+            texts.append(text_in(image.rotate(-page.rotation, expand=True)) if image is not None else "")
+        except Exception:  # a picture in a form that cannot be unpacked; the other pages are still wanted
+            continue
+    return "\n\n".join(text for text in texts if text)

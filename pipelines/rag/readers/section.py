@@ -34,7 +34,11 @@ class Part:
 
 
 class Unreadable(Exception):
-    """The reason why a file is left out."""
+    """The reason why a file is left out; with the sha256 of the file if nothing else could make it readable."""
+
+    def __init__(self, reason: str, sha256: str = "") -> None:
+        super().__init__(reason)
+        self.sha256 = sha256
 
 
 Read = tuple[str, list[Section]]  # title and sections

@@ -162,7 +162,7 @@ def test_skipped_files_are_in_the_report_and_the_manifest(docs: Path, config: Ra
     report = sync(docs, "lab", config, hash_embedder)
     assert [(s.path, s.reason) for s in report.skipped] == [("empty.md", "0 bytes")]
     manifest = open_index("lab", hash_embedder).manifest
-    assert manifest["skipped"] == [{"path": "empty.md", "reason": "0 bytes"}]
+    assert manifest["skipped"] == [{"path": "empty.md", "reason": "0 bytes", "sha256": ""}]
     assert (manifest["docs"], manifest["documents"], manifest["dimension"]) == ("docs", 4, 64)
 
 
