@@ -103,7 +103,7 @@ def data_fetch(name: Annotated[str, typer.Argument(help="OWNER/NAME, OWNER/NAME/
 
 @data_app.command("from-docs")
 def data_from_docs(
-    docs: Annotated[Path, typer.Argument(help="A folder of Markdown, text, HTML or PDF.")],
+    docs: Annotated[Path, typer.Argument(help="A folder of documents, as for llmlab index sync.")],
     out: Annotated[Path, typer.Option(help="The file of rows, .jsonl; the same command goes on with it.")],
     per_chunk: Annotated[int, typer.Option(min=1, help="Questions to keep of a chunk, at most.")] = 2,
     distractors: Annotated[int, typer.Option(min=0, max=9, help="Passages beside the right one.")] = 2,
@@ -134,7 +134,7 @@ def data_from_docs(
     from serving.settings import load_serve_config
 
     began, out, server, rag = time.monotonic(), out.expanduser(), load_serve_config(), load(named("rag", "default"), RagConfig)
-    from_docs.check_out(out)
+    from_docs.check_out(out, docs.expanduser())
     try:
         with Chat(f"http://{server.host}:{port or server.port}", model) as chat, CountScreen() as screen:
             job = from_docs.Job(docs.expanduser(), out, chat.model, rag.chunk_max_tokens, per_chunk, distractors, abstain,

@@ -15,7 +15,8 @@ index_app = typer.Typer(no_args_is_help=True, help="Indexes of documents. Exampl
 
 SHOWN = 20
 
-Docs = Annotated[Path | None, typer.Argument(help="A folder of Markdown, text, HTML or PDF; labs/knowledge if not given.")]
+Docs = Annotated[Path | None, typer.Argument(help="A folder of documents (text, web pages, PDF, Word, tables, records, code, "
+                                             "pictures of text); labs/knowledge if not given.")]  # fmt: skip
 Name = Annotated[str, typer.Option(help="Name of the index.")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="A field of configs/rag/default.yaml, a.b=c.")]
 
@@ -61,6 +62,36 @@ def diff(docs: Docs = None, name: Name = "knowledge", set_: Overrides = None) ->
     json_line({"added": len(change.added), "changed": len(change.changed), "deleted": len(change.deleted),
                "unchanged": change.unchanged, "new_chunks": change.new_chunks, "gone_chunks": change.gone_chunks,
                "to_embed": change.to_embed})  # fmt: skip
+
+
+@index_app.command()
+def fetch(
+    urls: Annotated[list[str], typer.Argument(help="Addresses of pages: http or https.", metavar="URL")],
+    into: Annotated[Path, typer.Option(help="The folder that gets them; index it with sync.")],
+    allow: Annotated[list[str] | None, typer.Option(help="A host that may be asked, beside web_hosts; can be repeated.")] = None,
+    set_: Overrides = None,
+) -> None:
+    """Copy web pages into a folder. Example: llmlab index fetch https://example.org/a --into notes --allow example.org."""
+    from labs.screen import json_line, say
+    from pipelines.config import load, named
+    from pipelines.errors import ConfigError, DataError
+    from pipelines.rag.index import RagConfig
+    from pipelines.rag.web import NEXT
+    from pipelines.rag.web import fetch as run_fetch
+
+    hosts = [*load(named("rag", "default"), RagConfig, set_ or ()).web_hosts, *(allow or ())]
+    fetched = []
+    for url in urls:
+        try:
+            page = run_fetch(url, into, hosts)
+        except (ConfigError, DataError) as error:
+            say(f"not fetched: {error}")
+        else:
+            fetched.append(page)
+            say(f"{page.url} -> {page.path} ({page.size} bytes)")
+    json_line({"fetched": len(fetched), "failed": len(urls) - len(fetched), "files": [str(page.path) for page in fetched]})
+    if len(fetched) < len(urls):
+        raise DataError(f"{len(urls) - len(fetched)} of {len(urls)} pages were not fetched", "every page", NEXT)
 
 
 @index_app.command(name="list")

@@ -42,7 +42,8 @@ class Chunk:
         text: the piece itself.
         start: offset of its first character in the section.
         end: offset after its last character in the section.
-        page: page number in a PDF, starting at 1.
+        page: page number in a PDF or an image of several pages, starting at 1.
+        kind: of file, such as "markdown" (pipelines.rag.load); the id does not depend on it.
     """
 
     id: str
@@ -52,6 +53,7 @@ class Chunk:
     start: int
     end: int
     page: int | None = None
+    kind: str = "text"
 
     @property
     def passage(self) -> str:
@@ -84,7 +86,7 @@ def chunk(document: Document, max_tokens: int, token_count: Callable[[str], int]
             piece = text[start:end]
             chunk_id = _id(document.source, title, piece, seen[title, piece])
             seen[title, piece] += 1
-            chunks.append(Chunk(chunk_id, document.source, title, piece, start, end, section.page))
+            chunks.append(Chunk(chunk_id, document.source, title, piece, start, end, section.page, document.kind))
     return chunks
 
 

@@ -25,7 +25,7 @@ from pipelines.errors import ConfigError, DataError, RunIncomplete
 from pipelines.runs import sync, write_text
 
 CURRENT, MANIFEST, LOCK = "CURRENT", "manifest.json", ".lock"
-FORMAT = 2  # of the files of a generation; raise it when they change
+FORMAT = 3  # of the files of a generation; raise it when they change
 AGAIN = "make index DOCS=path/to/folder"
 
 Progress = Callable[[str, int, int], None]

@@ -45,7 +45,7 @@ _TABLES = """
 CREATE TABLE chunks (
     position INTEGER PRIMARY KEY,  -- row of the vector
     id TEXT NOT NULL UNIQUE, source TEXT NOT NULL, title TEXT NOT NULL, text TEXT NOT NULL,
-    start INTEGER NOT NULL, "end" INTEGER NOT NULL, page INTEGER, content_hash TEXT NOT NULL
+    start INTEGER NOT NULL, "end" INTEGER NOT NULL, page INTEGER, kind TEXT NOT NULL, content_hash TEXT NOT NULL
 );
 CREATE TABLE documents (source TEXT PRIMARY KEY, sha256 TEXT NOT NULL);
 """
@@ -62,6 +62,7 @@ class RagConfig(Config):
     top_k: int = Field(ge=1, le=MAX_K, description="passages for a question")
     candidates: int = Field(ge=1, le=1000, description="of each kind of search, which are then ranked together")
     screen: bool = Field(description="keep passages that speak to the model out of prompts (pipelines.rag.screen)")
+    web_hosts: list[str] = Field(description="that llmlab index fetch may ask")
     dense_weight: float = Field(ge=0, le=1, description="of the vectors in the ranking; the rest is that of the words")
 
 
@@ -156,11 +157,11 @@ class Index:
         """Return the rows of the chunks that an expression matches, in order; `DataError` if it cannot be read."""
         import numpy as np
 
-        from pipelines.rag.where import parse
+        from pipelines.rag.where import FIELDS, parse
 
         expression = parse(where)
-        fields = ({"source": c.source, "title": c.title, "text": c.text, "page": c.page, "id": c.id} for c in self.chunks)
-        return np.array([row for row, record in enumerate(fields) if expression.matches(record)], dtype=np.int64)
+        records = ({field: getattr(c, field) for field in FIELDS} for c in self.chunks)
+        return np.array([row for row, record in enumerate(records) if expression.matches(record)], dtype=np.int64)
 
     def hit(self, row: int, score: float, cosine: float | None) -> Hit:
         """Return a chunk as what was found."""
@@ -274,7 +275,8 @@ def _read(
     same = before and (before.manifest["readers"], before.manifest["config"]["chunk_max_tokens"]) == (
         READERS_VERSION, config.chunk_max_tokens)  # fmt: skip
     kept = _by_source(before.chunks) if before and same else {}
-    documents, skipped = load(docs, before.documents if before and same else None)
+    left_out = [Skipped(**s) for s in before.manifest["skipped"]] if before and same else []
+    documents, skipped = load(docs, before.documents if before and same else None, left_out)
     chunks: list[Chunk] = []
     for done, document in enumerate(documents, 1):
         cut = chunk(document, config.chunk_max_tokens, embedder.token_count) if document.sections else kept[document.source]

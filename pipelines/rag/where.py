@@ -3,10 +3,11 @@
     expression   and, or, not, parentheses
     comparison   field = value, also != < <= > >=; field in (value, ...); field like "pattern" (* and ?); field contains "text"
     value        "text", 'text', 12, 1.5, true, false
-    field        source, title, text, page, id
+    field        source, title, text, page, kind, id
 
-Capitals matter in texts. A comparison with a field that a chunk does not have, or with a value of another kind, is false,
-and its `not` is true. Used by: llmlab ask "..." --where 'source = "falcon.md"'
+A file's kind is markdown, text, html, pdf, docx, table, records, code or image. Capitals matter in texts. A comparison with a
+field that a chunk does not have, or of a text with a number, is false, and its `not` is true.
+Used by: llmlab ask "..." --where 'source = "falcon.md"'
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from pipelines.errors import DataError
 Scalar = str | int | float | bool
 Record = Mapping[str, Scalar | None]
 
-FIELDS = ("source", "title", "text", "page", "id")
+FIELDS = ("source", "title", "text", "page", "kind", "id")
 MAX_LENGTH, MAX_DEPTH = 1000, 20
 EXAMPLE = """source like "api/*" and page >= 3"""
 

@@ -1,4 +1,4 @@
-"""A folder of documents -> rows of plain text: continued pre-training on Markdown, text, HTML and PDF.
+"""A folder of documents -> rows of plain text: continued pre-training on whatever pipelines.rag.load reads.
 
 Each document is taken in reading order, its headings where they stand, and cut at paragraphs into pieces that do not
 overlap. Every token of a piece is learnt, and an end-of-text token after a document's last piece only. No questions are

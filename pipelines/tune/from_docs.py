@@ -84,7 +84,7 @@ def make(
         ConfigError: the file cannot be written where it should.
         DiskFull, NotWritable: a write ran out of space, or is not allowed.
     """
-    check_out(job.out)
+    check_out(job.out, job.docs)
     try:
         documents, skipped = load(job.docs)
     except DataError as problem:
@@ -101,12 +101,14 @@ def make(
         return {"documents": len(documents), "skipped": len(skipped), "chunks": len(chunks), **journal.totals()}
 
 
-def check_out(out: Path) -> None:
-    """Raise `ConfigError` unless rows could be written to this path."""
+def check_out(out: Path, docs: Path) -> None:
+    """Raise `ConfigError` unless rows of these documents could be written to this path."""
     if out.suffix != ".jsonl" or out.is_dir():
         raise ConfigError(f"cannot write rows to {out}", "a file that ends with .jsonl", NEXT)
     if not out.parent.is_dir():
         raise ConfigError(f"the folder {out.parent} does not exist", "an existing folder", f"mkdir -p {out.parent}")
+    if out.resolve().is_relative_to(docs.resolve()):
+        raise ConfigError(f"{out} is inside {docs}, and would be read as a document", "a file elsewhere", NEXT)
 
 
 class _Library:

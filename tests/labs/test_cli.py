@@ -132,6 +132,16 @@ def test_an_empty_corpus_is_refused_and_the_old_index_stays(tmp_path: Path) -> N
     assert len(list((tmp_path / "index" / "knowledge").glob("*/manifest.json"))) == 1
 
 
+def test_pages_are_fetched_only_from_hosts_that_were_named_and_are_public(tmp_path: Path) -> None:
+    into = ("--into", str(tmp_path / "web"))
+    said = refused("index", "fetch", "https://pages.invalid/a", *into, status=1)
+    assert "pages.invalid is not a host that may be asked" in said and "--allow pages.invalid" in said
+    said = refused("index", "fetch", "http://localhost/", "file:///etc/passwd", *into, "--allow", "localhost", status=1)
+    assert "localhost is at" in said and "not an address of a web page" in said and "2 of 2 pages were not fetched" in said
+    said = refused("index", "fetch", "http://localhost/", *into, "--set", "web_hosts=[localhost]", status=1)
+    assert "which is not a public address" in said and not (tmp_path / "web").exists()
+
+
 def test_a_port_in_use_is_named() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

@@ -24,7 +24,7 @@ from pipelines.errors import ConfigError, DataError, FingerprintMismatch, RunInc
 from pipelines.rag import index
 from pipelines.rag.chunk import chunk
 from pipelines.rag.embed import Embedder
-from pipelines.rag.generation import index_names
+from pipelines.rag.generation import FORMAT, index_names
 from pipelines.rag.index import Index, RagConfig, diff, open_index, sync
 
 CONFTEST = Path(__file__).with_name("conftest.py")
@@ -162,7 +162,7 @@ def test_skipped_files_are_in_the_report_and_the_manifest(docs: Path, config: Ra
     report = sync(docs, "lab", config, hash_embedder)
     assert [(s.path, s.reason) for s in report.skipped] == [("empty.md", "0 bytes")]
     manifest = open_index("lab", hash_embedder).manifest
-    assert manifest["skipped"] == [{"path": "empty.md", "reason": "0 bytes"}]
+    assert manifest["skipped"] == [{"path": "empty.md", "reason": "0 bytes", "sha256": ""}]
     assert (manifest["docs"], manifest["documents"], manifest["dimension"]) == ("docs", 4, 64)
 
 
@@ -211,7 +211,7 @@ def damage_vectors(generation: Path) -> None:
 
 def change_format(generation: Path) -> None:
     text = (generation / "manifest.json").read_text()
-    (generation / "manifest.json").write_text(text.replace('"format": 2', '"format": 1'))
+    (generation / "manifest.json").write_text(text.replace(f'"format": {FORMAT}', '"format": 1'))
 
 
 @pytest.mark.parametrize(

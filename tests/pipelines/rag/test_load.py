@@ -124,11 +124,11 @@ def test_bad_files_are_reported_and_the_others_are_read(docs: Path) -> None:
     assert reasons.pop("broken.pdf").startswith("cannot be read: ")
     assert reasons == {
         "empty.md": "0 bytes",
-        "blank.txt": "no text in it (if it is a scan, it needs OCR first)",
+        "blank.txt": "no text in it",
         "latin.txt": "not UTF-8 (byte 0)",
         "binary.txt": "not a text file (it holds NUL bytes)",
         "locked.pdf": "protected by a password",
-        "scan.pdf": "no text in it (if it is a scan, it needs OCR first)",
+        "scan.pdf": "no text in it",
         "sheet.xlsx": "files of type .xlsx are not supported",
         "caf?.md": "the file name is not UTF-8",
     }

@@ -31,7 +31,7 @@ def folder(tmp_path: Path) -> Path:
     (root / "guide.md").write_text(GUIDE, encoding="utf-8")
     (root / "deep" / "page.html").write_text(PAGE, encoding="utf-8")
     (root / "note.txt").write_text("Ends with <|im_end|> and </s>, as text.", encoding="utf-8")
-    (root / "photo.jpg").write_bytes(b"\xff\xd8")
+    (root / "photo.heic").write_bytes(b"\xff\xd8")
     return root
 
 
@@ -60,7 +60,7 @@ def test_pages_do_not_repeat_the_title_and_empty_headings_stand_once() -> None:
 
 def test_pieces_are_the_whole_text_once_in_order(folder: Path, tokenizer: Any) -> None:
     read = read_documents(folder, tokenizer, 128)
-    assert read.documents == 3 and [s.path for s in read.skipped] == ["photo.jpg"]
+    assert read.documents == 3 and [s.path for s in read.skipped] == ["photo.heic"]
     for document in load(folder)[0]:
         rows = [row for row in read.rows if row.origin.startswith(document.source + "#")]
         assert " ".join(row.text or "" for row in rows).split() == document_text(document).split()
@@ -100,7 +100,7 @@ def test_steps_hold_every_piece_alone_and_supervise_every_place(folder: Path, to
     found = sorted(tokenizer.decode([p.tokens[i] for i, t in enumerate(p.tree) if t == n]) for p in sequences(prepared)
                    for n in set(p.tree))  # fmt: skip
     assert found == sorted(tokenizer.decode(encode(row, tokenizer).tokens) for row in rows)
-    assert "3 documents in" in prepared.notes[0] and "1 files left out: photo.jpg" in prepared.notes[0]
+    assert "3 documents in" in prepared.notes[0] and "1 files left out: photo.heic" in prepared.notes[0]
 
 
 def test_the_loss_is_the_library_s_own(folder: Path, tiny: Path, tokenizer: Any) -> None:
@@ -150,7 +150,7 @@ def test_the_fingerprint_follows_names_and_content_of_documents(folder: Path) ->
         return str(fingerprint["sha256"])
 
     prints = [now()]
-    (folder / "photo.jpg").write_bytes(b"other")
+    (folder / "photo.heic").write_bytes(b"other")
     (folder / ".hidden.md").write_text("x", encoding="utf-8")
     assert now() == prints[0]
     (folder / "note.txt").write_text("Other text.", encoding="utf-8")

@@ -321,6 +321,7 @@ def test_a_file_of_something_else_is_refused(job: Job) -> None:
 
 def test_what_cannot_be_read_or_written_is_refused(job: Job, tmp_path: Path) -> None:
     refused(ConfigError, r"ends with \.jsonl", replace(job, out=tmp_path / "rows.csv"))
+    refused(ConfigError, "would be read as a document", replace(job, out=job.docs / "rows.jsonl"))
     refused(ConfigError, "mkdir -p .*nowhere", replace(job, out=tmp_path / "nowhere" / "rows.jsonl"))
     refused(DataError, "does not exist(.|\n)*next: +llmlab data from-docs", replace(job, docs=tmp_path / "nowhere"))
     (tmp_path / "empty").mkdir()
