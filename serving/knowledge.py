@@ -111,7 +111,7 @@ class Knowledge:
         self._seen = generation.current(generation.folder_of(self.name))
         try:
             self._embedder = self._embedder or load_embedder(self.config.embedder)
-            self.retriever = Retriever(open_index(self.name, self._embedder), self._embedder, self.config)
+            self.retriever = Retriever(open_index(self.name, self._embedder, self.config.store), self._embedder, self.config)
             self.problem = None
         except LabError as problem:
             self.problem = problem  # the generation before, if there is one, goes on serving
