@@ -69,7 +69,7 @@ class Store(Protocol):
 
         Args:
             vector: of length 1, shape [dimension].
-            k: at least 1.
+            k: at least 1; more than 10,000 never come.
             where: only chunks that match are searched, so there are `k` whenever `k` match.
         """
 

@@ -7,19 +7,19 @@ folders that you wrote yourself. Filters are told to it, except patterns, `conta
 from __future__ import annotations
 
 import os
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 from urllib.parse import SplitResult
 
 import numpy as np
 
-from pipelines.errors import ConfigError, DataError
+from pipelines.errors import ConfigError
 from pipelines.rag.chunk import Chunk
 from pipelines.rag.stores.contract import Store, StoreError, checked_name, missing
 from pipelines.rag.stores.plain import CannotSay, Leaf
-from pipelines.rag.stores.remote import Remote, chunk_of, fields_of
+from pipelines.rag.stores.remote import Remote, chunk_of, fields_of, is_id
+from pipelines.rag.stores.shared import borrowed
 
 COLLECTION = "chunks"  # in a folder
 PAGE = 1000  # records in an answer
@@ -37,71 +37,38 @@ def opened(parts: SplitResult) -> Store:
         if not parts.path:
             raise ConfigError("the store's URL has no folder", "qdrant:FOLDER")
         folder = Path(parts.path).expanduser().resolve()
-        return Qdrant(_Folder.of(folder), COLLECTION, f"qdrant:{parts.path}")
+        try:
+            client, end = borrowed(
+                folder, lambda: QdrantClient(path=str(folder), force_disable_check_same_thread=True), lambda one: one.close()
+            )
+        except RuntimeError:
+            raise StoreError(f"another process has the folder {folder} open", "one process at a time",
+                             "stop the other process, or use a Qdrant server") from None  # fmt: skip
+        return Qdrant(client, COLLECTION, f"qdrant:{parts.path}", end, local=True)
     name = checked_name(parts.path.strip("/"), "collection")
     scheme = parts.scheme.partition("+")[2]
     address = f"{scheme}://{parts.hostname}:{parts.port or 6333}"
     client = QdrantClient(url=address, api_key=os.environ.get("QDRANT_API_KEY"), check_compatibility=False, timeout=30)
-    return Qdrant(client, name, f"qdrant+{address}/{name}")
-
-
-class _Folder:
-    """The one client of a folder in this process, which its lock allows; closed by the last who has it."""
-
-    open: dict[Path, list[Any]] = {}
-    lock = threading.RLock()  # the collector may close a store in the midst of opening another
-
-    def __init__(self, folder: Path, client: Any) -> None:
-        self._folder, self._client = folder, client
-
-    @classmethod
-    def of(cls, folder: Path) -> _Folder:
-        from qdrant_client import QdrantClient
-
-        with cls.lock:
-            entry = cls.open.setdefault(folder, [None, 0])
-            entry[1] += 1
-            try:
-                entry[0] = entry[0] or QdrantClient(path=str(folder), force_disable_check_same_thread=True)
-            except RuntimeError:
-                cls.open.pop(folder)
-                raise StoreError(f"another process has the folder {folder} open", "one process at a time",
-                                 "stop the other process, or use a Qdrant server") from None  # fmt: skip
-            return cls(folder, entry[0])
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._client, name)
-
-    def close(self) -> None:
-        with self.lock:
-            if self._client is None:
-                return
-            self._client = None
-            self.open[self._folder][1] -= 1
-            if not self.open[self._folder][1]:
-                self.open.pop(self._folder)[0].close()
+    return Qdrant(client, name, f"qdrant+{address}/{name}", client.close, local=False)
 
 
 class Qdrant(Remote):
-    """A collection; the facts lie in another one, since every search would find them here.
+    """A collection, where the id of a chunk is a number of 64 bits, and another one for the facts.
 
     Args:
         client: of Qdrant.
         collection: its name.
         shown: how the store is called in messages.
+        end: lets go of the client.
+        local: whether it is a folder.
     """
 
-    def __init__(self, client: Any, collection: str, shown: str) -> None:
+    def __init__(self, client: Any, collection: str, shown: str, end: Callable[[], None], *, local: bool) -> None:
         from qdrant_client.common.client_exceptions import QdrantException
         from qdrant_client.http.exceptions import ApiException
 
-        super().__init__(shown, (ApiException, QdrantException))
-        self._client, self._name, self._about = client, collection, f"{collection}-facts"
-        self._local = isinstance(client, _Folder)
-
-    def close(self) -> None:
-        """Let go of the folder or the connections."""
-        self._client.close()
+        super().__init__(shown, (ApiException, QdrantException), end)
+        self._client, self._name, self._about, self._local = client, collection, f"{collection}-facts", local
 
     def _pieces(self) -> list[str]:
         if not self._client.collection_exists(self._about):
@@ -144,7 +111,7 @@ class Qdrant(Remote):
         from qdrant_client import models
 
         points = [
-            models.PointStruct(id=_number(chunk.id), vector=vector.tolist(), payload=fields_of(chunk))
+            models.PointStruct(id=int(chunk.id, 16), vector=vector.tolist(), payload=fields_of(chunk))
             for chunk, vector in zip(chunks, vectors, strict=True)
         ]
         self._client.upsert(self._name, points, wait=True)
@@ -152,7 +119,7 @@ class Qdrant(Remote):
     def _drop(self, ids: Sequence[str]) -> None:
         from qdrant_client import models
 
-        self._client.delete(self._name, models.PointIdsList(points=[_number(one) for one in ids]), wait=True)
+        self._client.delete(self._name, models.PointIdsList(points=[int(one, 16) for one in ids]), wait=True)
 
     def _nearest(self, vector: np.ndarray, k: int, said: Any) -> list[tuple[str, float]]:
         from qdrant_client import models
@@ -182,7 +149,7 @@ class Qdrant(Remote):
 
         field, operator, values = leaf.field, leaf.operator, list(leaf.values)
         if field == "id" and operator in ("in", "not in"):
-            known = [int(str(value), 16) for value in values if _is_number(str(value))]
+            known = [int(str(value), 16) for value in values if is_id(str(value))]
             return _unless(operator == "in", models.HasIdCondition(has_id=known))
         if operator in ("in", "not in"):
             return _unless(operator == "in", models.FieldCondition(key=field, match=models.MatchAny(any=values)), field)
@@ -211,14 +178,3 @@ def _unless(holds: bool, condition: Any, field: str | None = None) -> Any:
         return condition
     absent = [models.IsEmptyCondition(is_empty=models.PayloadField(key=field))] if field else []
     return models.Filter(must_not=[condition, *absent])
-
-
-def _is_number(text: str) -> bool:
-    return len(text) == 16 and set(text) <= set("0123456789abcdef")
-
-
-def _number(chunk_id: str) -> int:
-    """Return the id as Qdrant has it, 64 bits."""
-    if not _is_number(chunk_id):
-        raise DataError(f"{chunk_id!r} is the id of a chunk", "16 hexadecimal digits")
-    return int(chunk_id, 16)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields
 from typing import Any
@@ -25,8 +25,14 @@ from pipelines.rag.where import Expression
 
 BATCH = 256  # chunks in a request
 IDS = 1000  # in a filter
+MAX_K = 10_000  # hits in an answer; no store gives more
 PIECE = 30_000  # characters of the facts in a record; Pinecone takes 40 kB, Milvus 64
 
+# What a store with columns needs of a field: whether it holds a whole number, and whether it may be empty.
+COLUMNS = {field.name: (str(field.type).startswith("int"), "None" in str(field.type)) for field in fields(Chunk)}
+COLUMNS["content_hash"] = (False, False)
+
+_DIGITS = frozenset("0123456789abcdef")
 _NAMES = frozenset(field.name for field in fields(Chunk))
 
 
@@ -36,10 +42,12 @@ class Remote(ABC):
     Args:
         shown: how the store is called in messages.
         troubles: what its client raises.
+        end: lets go of the client.
     """
 
-    def __init__(self, shown: str, troubles: tuple[type[Exception], ...]) -> None:
-        self.shown, self._troubles = shown, troubles
+    def __init__(self, shown: str, troubles: tuple[type[Exception], ...], end: Callable[[], None]) -> None:
+        self.shown, self._troubles, self._end = shown, troubles, end
+        self._closed = False
 
     def facts(self) -> dict[str, Any] | None:
         """Return the facts; None if there are none, only `UNFINISHED` if their writing was interrupted."""
@@ -69,6 +77,8 @@ class Remote(ABC):
         """Put chunks in, each in place of the one with its id."""
         if vectors.ndim != 2 or len(vectors) != len(chunks):
             raise DataError(f"{len(chunks)} chunks came with vectors of shape {vectors.shape}", "a vector for each chunk")
+        if wrong := next((chunk.id for chunk in chunks if not is_id(chunk.id)), None):
+            raise DataError(f"{wrong!r} is the id of a chunk", "16 hexadecimal digits")
         if not chunks:
             return
         with self._explained():
@@ -86,7 +96,7 @@ class Remote(ABC):
 
     def search(self, vector: np.ndarray, k: int, where: Expression | None = None) -> list[tuple[str, float]]:
         """Return (chunk id, cosine) of the `k` nearest chunks that match, or of all that there are, best first."""
-        asked = EVERYTHING if where is None else plain(where)
+        asked, k = EVERYTHING if where is None else plain(where), min(k, MAX_K)
         with self._explained():
             held = self._dimension()
             if held is None or asked == NOTHING:
@@ -95,7 +105,7 @@ class Remote(ABC):
             if asked == EVERYTHING:
                 return self._nearest(vector, k, None)
             if isinstance(asked, Leaf) and (asked.field, asked.operator) == ("id", "in"):
-                return self._among([str(value) for value in asked.values], vector, k)
+                return self._among([str(value) for value in asked.values if is_id(str(value))], vector, k)
             try:
                 said = told(asked, self._leaf, self._every, self._some)
             except CannotSay:
@@ -109,9 +119,11 @@ class Remote(ABC):
             for chunk, vector in self._scan(vectors=True):
                 yield chunk, np.asarray(vector, dtype=np.float32)
 
-    @abstractmethod
     def close(self) -> None:
         """Let go of connections and locks."""
+        if not self._closed:
+            self._closed = True
+            self._end()
 
     def _among(self, ids: Sequence[str], vector: np.ndarray, k: int) -> list[tuple[str, float]]:
         """Return the nearest of some chunks."""
@@ -177,6 +189,11 @@ class Remote(ABC):
     @abstractmethod
     def _some(self, parts: list[Any]) -> Any:
         """Join with "or"."""
+
+
+def is_id(text: str) -> bool:
+    """Return whether a text can be the id of a chunk, which is what a store may take for granted."""
+    return len(text) == 16 and set(text) <= _DIGITS
 
 
 def fields_of(chunk: Chunk) -> dict[str, Any]:

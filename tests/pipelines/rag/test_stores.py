@@ -27,6 +27,7 @@ from pipelines.rag.stores.local import Local
 from pipelines.rag.stores.plain import EVERYTHING, NOTHING, Leaf, plain, record_of
 from pipelines.rag.where import All, Comparison, Expression, Not, parse
 from pipelines.rag.where import Any as AnyOf
+from tests.pipelines.rag import postgres_server
 
 DIMENSION, COUNT = 16, 300
 SOURCES = ("api/users.md", "api/v1/käse.md", "notes.txt", "a b/🚀 'quoted' \"text\".md", "50%_off\\n.md", "Ωmega.html")
@@ -93,6 +94,22 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
         return f"qdrant:{tmp_path / 'store'}"
     found: str = request.getfixturevalue(f"{kind}_url")
     return found
+
+
+@pytest.fixture
+def milvus_url(tmp_path: Path) -> str:
+    return f"milvus:{tmp_path / 'store.db'}"
+
+
+@pytest.fixture(scope="module")
+def postgres() -> Iterator[str]:
+    with postgres_server.running() as folder:
+        yield folder
+
+
+@pytest.fixture
+def pgvector_url(postgres: str, tmp_path: Path) -> str:
+    return f"postgresql://postgres@/postgres?host={postgres}&table=T-{id_of(hash(tmp_path))}"
 
 
 @pytest.fixture(params=["local", *REMOTE])
