@@ -27,7 +27,7 @@ from pipelines.rag.stores.local import Local
 from pipelines.rag.stores.plain import EVERYTHING, NOTHING, Leaf, plain, record_of
 from pipelines.rag.where import All, Comparison, Expression, Not, parse
 from pipelines.rag.where import Any as AnyOf
-from tests.pipelines.rag import postgres_server
+from tests.pipelines.rag import pinecone_server, postgres_server
 
 DIMENSION, COUNT = 16, 300
 SOURCES = ("api/users.md", "api/v1/käse.md", "notes.txt", "a b/🚀 'quoted' \"text\".md", "50%_off\\n.md", "Ωmega.html")
@@ -110,6 +110,15 @@ def postgres() -> Iterator[str]:
 @pytest.fixture
 def pgvector_url(postgres: str, tmp_path: Path) -> str:
     return f"postgresql://postgres@/postgres?host={postgres}&table=T-{id_of(hash(tmp_path))}"
+
+
+@pytest.fixture
+def pinecone_url(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    dimension = DIMENSION if "opener" in request.fixturenames else 64
+    with pinecone_server.running(pinecone_server.app(dimension)) as port:
+        monkeypatch.setenv("PINECONE_API_KEY", "test-key")
+        monkeypatch.setenv("PINECONE_HOST", f"http://127.0.0.1:{port}")
+        yield "pinecone:lab"
 
 
 @pytest.fixture(params=["local", *REMOTE])
