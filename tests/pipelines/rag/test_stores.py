@@ -121,6 +121,14 @@ def pinecone_url(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
         yield "pinecone:lab"
 
 
+@pytest.fixture
+def weaviate_url() -> Iterator[str]:
+    from tests.pipelines.rag import weaviate_server  # needs the client's own protocol files
+
+    with weaviate_server.running() as (rest, grpc):
+        yield f"weaviate+http://127.0.0.1:{rest}/lab?grpc={grpc}"
+
+
 @pytest.fixture(params=["local", *REMOTE])
 def opener(request: pytest.FixtureRequest, tmp_path: Path, config: RagConfig, hash_embedder: Any) -> Iterator[Opener]:
     """Return what opens the same, at first empty, store again and again."""
