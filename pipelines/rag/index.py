@@ -14,7 +14,7 @@ from __future__ import annotations
 import sqlite3
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import asdict, astuple, dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -286,18 +286,23 @@ def open_index(name: str, embedder: Embedder, store: str = "") -> Index:
         raise FingerprintMismatch(
             f"index {name!r} was made with embedder {manifest['fingerprint'][:12]} of {manifest['dimension']} dimensions",
             f"embedder {embedder.fingerprint[:12]} of {embedder.dimension} dimensions", generation.AGAIN)  # fmt: skip
-    files = {file: generation.recorded(path, file, manifest) for file in manifest["files"]}
-    rows = np.load(files[VECTORS], mmap_mode="r", allow_pickle=False)
-    documents, chunks = _from_sqlite(files[CHUNKS].read_bytes())
-    vectors: Vectors | StoreVectors
-    if store:
-        from pipelines.rag.stores.served import StoreVectors
+    with ExitStack() as undone:
+        held = None
+        if store:
+            from pipelines.rag.stores.served import StoreVectors, opened
 
-        vectors = StoreVectors.of(store, name, manifest, rows, [c.id for c in chunks])
-    else:
-        approximate, how = nearest.read(files[APPROXIMATE]) if APPROXIMATE in files else None, manifest["vectors"]
-        vectors = nearest.Vectors(rows, how["kind"], approximate, how["breadth"])
-    return Index(name, manifest, documents, chunks, vectors, lexical.read(files[WORDS].read_bytes()))
+            held = opened(store, name, manifest)
+            undone.callback(held.close)
+        files = {file: generation.recorded(path, file, manifest) for file in manifest["files"]}
+        rows = np.load(files[VECTORS], mmap_mode="r", allow_pickle=False)
+        documents, chunks = _from_sqlite(files[CHUNKS].read_bytes())
+        words = lexical.read(files[WORDS].read_bytes())
+        if held is not None:
+            undone.pop_all()
+            return Index(name, manifest, documents, chunks, StoreVectors(held, rows, [c.id for c in chunks]), words)
+    approximate, how = nearest.read(files[APPROXIMATE]) if APPROXIMATE in files else None, manifest["vectors"]
+    vectors = nearest.Vectors(rows, how["kind"], approximate, how["breadth"])
+    return Index(name, manifest, documents, chunks, vectors, words)
 
 
 def _check_limit(config: RagConfig, embedder: Embedder) -> None:

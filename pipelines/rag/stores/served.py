@@ -14,6 +14,22 @@ from pipelines.rag.vectors import Found
 from pipelines.rag.where import Comparison, Expression, parse
 
 
+def opened(url: str, name: str, manifest: Facts) -> Store:
+    """Open a store and see that it holds a generation whole.
+
+    Raises:
+        StoreError: it cannot be opened.
+        StoreStale: it holds something else.
+    """
+    store = open_store(url)
+    try:
+        check_holds(store.facts(), name, manifest, url)
+    except BaseException:
+        store.close()
+        raise
+    return store
+
+
 class StoreVectors:
     """The vectors of an index in a store; safe to search from several threads.
 
@@ -27,22 +43,6 @@ class StoreVectors:
         self.rows, self._store, self._ids = rows, store, ids
         self._row_of = {one: row for row, one in enumerate(ids)}
         weakref.finalize(self, store.close)
-
-    @classmethod
-    def of(cls, url: str, name: str, manifest: Facts, rows: np.ndarray, ids: Sequence[str]) -> StoreVectors:
-        """Open a store and see that it holds a generation whole.
-
-        Raises:
-            StoreError: it cannot be opened.
-            StoreStale: it holds something else.
-        """
-        store = open_store(url)
-        try:
-            check_holds(store.facts(), name, manifest, url)
-        except BaseException:
-            store.close()
-            raise
-        return cls(store, rows, ids)
 
     def __len__(self) -> int:
         """Return the number of rows."""

@@ -7,7 +7,12 @@ pinecone_server.py): they were not run against the real service.
 from __future__ import annotations
 
 import hashlib
+import json
+import os
 import random
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,12 +21,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pipelines.config import ROOT, load, named
 from pipelines.errors import ConfigError, DataError, FingerprintMismatch
 from pipelines.rag.chunk import Chunk
 from pipelines.rag.index import RagConfig, open_index, sync
 from pipelines.rag.retrieve import Retriever
 from pipelines.rag.stores import open_store
-from pipelines.rag.stores.contract import UNFINISHED, Store, StoreError, StoreStale
+from pipelines.rag.stores.contract import UNFINISHED, Store, StoreError, StoreMissing, StoreStale
 from pipelines.rag.stores.copying import copy_from, copy_to
 from pipelines.rag.stores.local import Local
 from pipelines.rag.stores.plain import EVERYTHING, NOTHING, Leaf, plain, record_of
@@ -456,3 +462,87 @@ def test_while_a_copy_runs_the_generation_before_is_searched(url: str, docs: Pat
     copy_to(url, "lab", config, hash_embedder, lambda *_: None)
     assert len(before.nearest(hash_embedder.embed(["x"])[0], 7).rows) == 7
     assert len(open_index("lab", hash_embedder, url)) == 37
+
+
+@pytest.mark.parametrize(
+    ("url", "library"),
+    [
+        ("qdrant:x", "qdrant_client"),
+        ("milvus:x.db", "pymilvus"),
+        ("postgresql://h/d?table=t", "psycopg"),
+        ("weaviate+http://h/T", "weaviate"),
+        ("pinecone:i", "pinecone"),
+    ],
+)
+def test_a_missing_client_says_how_to_get_it(url: str, library: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(StoreMissing, match="is not installed(.|\n)*make setup-stores"):
+        open_store(url)
+
+
+@pytest.mark.parametrize("url", ["qdrant"], indirect=True)
+def test_a_server_goes_on_with_the_generation_before_until_the_store_has_the_new_one(
+    url: str, docs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pipelines.rag.embed import load_embedder
+    from serving import knowledge
+
+    monkeypatch.setattr(knowledge, "LOOK_SECONDS", 0.05)
+    config = load(named("rag", "default"), RagConfig, [f"store={url}"])
+    embedder = load_embedder(config.embedder)
+    first = sync(docs, "lab", config, embedder).generation
+    assert "holds no index" in knowledge.Knowledge("lab", config).summary
+    copy_to(url, "lab", config, embedder, lambda *_: None)
+    opened = knowledge.Knowledge("lab", config)
+    (docs / "barsoom.md").write_text("# Barsoom\n\nBarsoom has 2 moons.\n", encoding="utf-8")
+    second = sync(docs, "lab", config, embedder).generation
+
+    def until(condition: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 30
+        while not condition():
+            assert opened.require().retrieve("Who made it?", 2, 'source like "*.md"').hits
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+
+    until(lambda: "a newer one cannot be opened" in opened.summary)
+    assert f"generation {first}" in opened.summary and "llmlab index copy lab --to" in opened.summary
+    copy_to(url, "lab", config, embedder, lambda *_: None)
+    until(lambda: f"generation {second}" in opened.summary)
+    assert "2 moons" in opened.require().retrieve("How many moons has Barsoom?", 1).hits[0].text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("url", ["qdrant"], indirect=True)
+def test_the_command_copies_there_and_back(url: str, docs: Path, index_folder: Path) -> None:
+    def llmlab(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "labs", "index", *arguments]
+        environment = os.environ | {"LLMLAB_INDEX": str(index_folder)}
+        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=120)
+
+    assert llmlab("sync", str(docs)).returncode == 0
+    for arguments in (("--to", url), ("knowledge", "--to", url), ("again", "--from", url)):
+        done = llmlab("copy", *arguments)
+        assert done.returncode == 0, done.stderr
+        said = json.loads(done.stdout.splitlines()[-1])
+        assert said["chunks"] == 7 and said["sent"] == (0 if arguments[0] == "knowledge" else 7)
+    neither = llmlab("copy", "knowledge")
+    assert neither.returncode == 2 and "--to URL or --from URL" in neither.stderr
+    secret = llmlab("copy", "knowledge", "--to", "postgresql://lab:hunter2@127.0.0.1/lab?table=a")
+    assert secret.returncode == 2 and "hunter2" not in secret.stdout + secret.stderr
+
+
+@pytest.mark.slow
+def test_a_large_table_is_searched_with_its_index(pgvector_url: str) -> None:
+    store: Any = open_store(pgvector_url)
+    chunks, rows = made_chunks(4000), made_vectors(4000)
+    store.upsert(chunks, rows)
+    store._run("ANALYZE {table}")
+    with store._pool.connection() as connection:
+        asked = f"EXPLAIN SELECT id FROM \"{store._table}\" ORDER BY vector <#> '{rows[0].tolist()}'::vector LIMIT 10"
+        assert "_hnsw" in str(connection.execute(asked).fetchall())
+    found = [len({one for one, _ in store.search(v, 10)} & set(exact(chunks, rows, v, 10))) for v in made_vectors(20, seed=5)]
+    assert np.mean(found) >= 9
+    assert len(store.search(rows[0], 10, parse('text like "*Falcon*" and page = 12'))) == 10
+    store.delete([c.id for c in chunks[:3990]])
+    assert len(store.search(rows[0], 10)) == 10
+    store.close()
