@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from pipelines.rag.where import Expression
 
+FORMAT = 1  # of the facts and of what is kept of a chunk; raise it when they change
 UNFINISHED = "unfinished"  # stands in the facts while chunks come and go
 
 Facts = Mapping[str, Any]
@@ -36,9 +37,9 @@ class StoreMissing(LabError):
 class Store(Protocol):
     """Chunks with their vectors, and facts about the index they are of; safe to search from several threads.
 
-    The facts are a JSON object: index, generation, fingerprint and dimension of the embedder, readers, config, docs, skipped,
-    created, `documents` (sha256 by source) and `chunks` (ids in the order of the index). They are written last; while
-    they hold `UNFINISHED`, the store is not whole, and `documents` are those whose chunks in it are as they will be.
+    The facts are a JSON object: format, index, generation, fingerprint and dimension of the embedder, readers, config, docs,
+    skipped, created, `documents` (sha256 by source) and `chunks` (ids in the order of the index). They are written last;
+    while they hold `UNFINISHED`, the store is not whole, and `documents` are those whose chunks in it are as they will be.
     """
 
     def facts(self) -> dict[str, Any] | None:
@@ -78,6 +79,15 @@ class Store(Protocol):
 
     def close(self) -> None:
         """Let go of connections and locks."""
+
+
+def whole(facts: Facts | None, url: str, name: str) -> Facts:
+    """Return the facts of a store that holds an index whole; `StoreStale` if they say that it does not."""
+    if not facts or facts.get(UNFINISHED) or facts.get("format") != FORMAT:
+        came = f"an index of format {facts.get('format')}" if facts and not facts.get(UNFINISHED) else "no index, or only a part"
+        raise StoreStale(f"the store {url} holds {came}", f"a whole index of format {FORMAT}",
+                         f"llmlab index copy {name} --to '{url}'")  # fmt: skip
+    return facts
 
 
 def check_dimension(shown: str, held: int, came: int) -> None:

@@ -20,7 +20,7 @@ from pipelines.rag.embed import Embedder
 from pipelines.rag.generation import Progress
 from pipelines.rag.index import RagConfig, open_index, usable
 from pipelines.rag.stores import open_store
-from pipelines.rag.stores.contract import UNFINISHED, Facts, Store, StoreStale
+from pipelines.rag.stores.contract import UNFINISHED, Facts, Store, StoreStale, whole
 from pipelines.rag.stores.local import Local
 
 BATCH = 256
@@ -78,10 +78,7 @@ def copy_from(url: str, name: str, config: RagConfig, embedder: Embedder, report
     """
     generation.folder_of(name)
     with closing(open_store(url)) as store:
-        facts = store.facts()
-        if not facts or facts.get(UNFINISHED):
-            raise StoreStale(f"the store {url} holds no index, or only a part", "a whole one",
-                             f"llmlab index copy {name} --to '{url}'")  # fmt: skip
+        facts = whole(store.facts(), url, name)
         if (facts["fingerprint"], facts["dimension"]) != (embedder.fingerprint, embedder.dimension):
             raise _mismatch(url, facts, {"fingerprint": embedder.fingerprint, "dimension": embedder.dimension})
         return _copied(store, Local(name, embedder, config, usable(name, embedder), report), url, report)
@@ -149,7 +146,7 @@ def _settled(before: Facts | None, facts: Facts) -> dict[str, str]:
     documents: Mapping[str, str] = facts["documents"]
     if before is None:
         return dict(documents)
-    cut = [(one.get("readers"), one.get("config", {}).get("chunk_max_tokens")) for one in (before, facts)]
+    cut = [(one.get("format"), one.get("readers"), one.get("config", {}).get("chunk_max_tokens")) for one in (before, facts)]
     known = before.get("documents", {}) if cut[0] == cut[1] else {}
     whole = cut[0] == cut[1] and not before.get(UNFINISHED)
     return {source: sha for source, sha in documents.items() if known.get(source, sha if whole else None) == sha}

@@ -17,7 +17,7 @@ from pipelines.rag.chunk import Chunk
 from pipelines.rag.embed import Embedder
 from pipelines.rag.generation import Progress
 from pipelines.rag.index import Index, RagConfig, open_index, write
-from pipelines.rag.stores.contract import UNFINISHED, Facts, StoreStale, check_dimension
+from pipelines.rag.stores.contract import FORMAT, UNFINISHED, Facts, StoreStale, check_dimension
 from pipelines.rag.where import Expression
 from pipelines.runs import disk_trouble_is_explained
 
@@ -103,7 +103,7 @@ def facts_of(index: Index) -> dict[str, Any]:
     """Return what a store must say of an index that it holds whole."""
     carried = {name: index.manifest[name] for name in (*_CARRIED, "config")}
     return carried | {
-        "index": index.name, "generation": identity(index.manifest), "created": index.created,
+        "format": FORMAT, "index": index.name, "generation": identity(index.manifest), "created": index.created,
         "documents": dict(index.documents), "chunks": [c.id for c in index.chunks],
     }  # fmt: skip
 

@@ -46,7 +46,7 @@ def opened(parts: SplitResult) -> Store:
     try:
         psycopg.connect(address, connect_timeout=10).close()
     except psycopg.Error as error:
-        came = str(error).strip().splitlines()[-1]
+        came = str(error).strip().splitlines()[0]
         raise StoreError(
             f"PostgreSQL does not answer: {came}", "a database, with the password in PGPASSWORD", "start it"
         ) from None

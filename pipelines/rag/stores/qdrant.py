@@ -14,7 +14,7 @@ from urllib.parse import SplitResult
 
 import numpy as np
 
-from pipelines.errors import ConfigError
+from pipelines.errors import ConfigError, NotWritable
 from pipelines.rag.chunk import Chunk
 from pipelines.rag.stores.contract import Store, StoreError, checked_name, missing
 from pipelines.rag.stores.plain import CannotSay, Leaf
@@ -44,6 +44,8 @@ def opened(parts: SplitResult) -> Store:
         except RuntimeError:
             raise StoreError(f"another process has the folder {folder} open", "one process at a time",
                              "stop the other process, or use a Qdrant server") from None  # fmt: skip
+        except OSError as error:
+            raise NotWritable(f"the folder {folder} cannot be opened: {error.strerror}", "a folder that can be written") from None
         return Qdrant(client, COLLECTION, f"qdrant:{parts.path}", end, local=True)
     name = checked_name(parts.path.strip("/"), "collection")
     scheme = parts.scheme.partition("+")[2]

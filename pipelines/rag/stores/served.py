@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from pipelines.rag.stores import open_store
-from pipelines.rag.stores.contract import UNFINISHED, Facts, Store, StoreStale
+from pipelines.rag.stores.contract import Facts, Store, StoreStale, whole
 from pipelines.rag.stores.local import identity
 from pipelines.rag.vectors import Found
 from pipelines.rag.where import Comparison, Expression, parse
@@ -76,10 +76,9 @@ class StoreVectors:
 
 def check_holds(facts: Facts | None, name: str, manifest: Facts, url: str) -> None:
     """Raise `StoreStale` unless the facts of a store say that it holds a generation whole."""
-    again = f"llmlab index copy {name} --to '{url}'"
-    if not facts or facts.get(UNFINISHED):
-        raise StoreStale(f"the store {url} holds no index, or only a part", f"index {name!r} whole", again)
-    came = tuple(facts.get(key) for key in ("generation", "fingerprint", "dimension"))
+    held = whole(facts, url, name)
+    came = tuple(held.get(key) for key in ("generation", "fingerprint", "dimension"))
     if came != (identity(manifest), manifest["fingerprint"], manifest["dimension"]):
-        raise StoreStale(f"the store {url} holds generation {came[0]} of index {facts.get('index')!r}",
-                         f"generation {identity(manifest)} of index {name!r}, of the same embedder", again)  # fmt: skip
+        raise StoreStale(f"the store {url} holds generation {came[0]} of index {held.get('index')!r}",
+                         f"generation {identity(manifest)} of index {name!r}, of the same embedder",
+                         f"llmlab index copy {name} --to '{url}'")  # fmt: skip

@@ -6,6 +6,7 @@ pinecone_server.py): they were not run against the real service.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -232,6 +234,17 @@ def test_k_come_whenever_k_match_and_only_those_that_match(filled: Store) -> Non
         np.testing.assert_allclose([score for _, score in found], list(expected.values()), atol=1e-4)
 
 
+def test_several_threads_search_at_once(filled: Store) -> None:
+    vectors = made_vectors(40, seed=21)
+
+    def searched(number: int) -> list[tuple[str, float]]:
+        return filled.search(vectors[number], 7, parse(f"page = {number % 3 + 1} or text contains 'ß'"))
+
+    alone = [searched(number) for number in range(40)]
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(searched, range(40))) == alone
+
+
 def test_a_chunk_takes_the_place_of_the_one_with_its_id(filled: Store) -> None:
     chunks, rows = made_chunks(), made_vectors(COUNT)
     new = replace(chunks[4], text="Neuer Text", page=None, start=90)
@@ -359,6 +372,40 @@ def test_a_store_that_does_not_answer_is_a_clear_problem() -> None:
     pytest.importorskip("qdrant_client", reason="make setup-stores")
     with pytest.raises(StoreError, match="qdrant.http://127.0.0.1:9/lab failed(.|\n)*start it"):
         open_store("qdrant+http://127.0.0.1:9/lab").facts()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "url",
+    [
+        "milvus+http://127.0.0.1:9/lab",
+        "postgresql://u@127.0.0.1:9/db?table=lab",
+        "weaviate+http://127.0.0.1:9/lab",
+        "pinecone:lab",
+    ],
+)
+def test_no_store_that_does_not_answer_is_a_surprise(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PINECONE_API_KEY", "key-hunter2")
+    monkeypatch.setenv("PINECONE_HOST", "http://127.0.0.1:9")
+    with pytest.raises(StoreError, match="does not answer") as caught:
+        open_store(url)
+    assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # the client leaves its lock file open
+def test_a_folder_is_for_one_process_at_a_time(tmp_path: Path) -> None:
+    pytest.importorskip("qdrant_client", reason="make setup-stores")
+    url = f"qdrant:{tmp_path / 'store'}"
+    store, beside = open_store(url), open_store(url)
+    store.set_facts(facts_for(made_chunks(3)))
+    store.close()
+    assert beside.facts() == facts_for(made_chunks(3))
+    beside.close()
+    with (tmp_path / "store" / ".lock").open("r+") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        with pytest.raises(StoreError, match="another process has the folder"):
+            open_store(url)
+    open_store(url).close()
 
 
 @pytest.mark.parametrize("url", REMOTE, indirect=True)
