@@ -112,6 +112,32 @@ def list_() -> None:
         say(f"no index yet; next: {generation.AGAIN}")
 
 
+@index_app.command()
+def copy(
+    name: Annotated[str, typer.Argument(help="Name of the index.")] = "knowledge",
+    to: Annotated[str | None, typer.Option(help="URL of the store that gets the index.")] = None,
+    from_: Annotated[str | None, typer.Option("--from", help="URL of the store that the index is made of.")] = None,
+    set_: Overrides = None,
+) -> None:
+    """Copy what is new to a vector store, or from one. Example: llmlab index copy knowledge --to qdrant:folder."""
+    from labs.screen import CountScreen, json_line, say
+    from pipelines.errors import ConfigError
+    from pipelines.rag.stores.copying import copy_from, copy_to
+
+    url = to or from_
+    if not url or (to and from_):
+        raise ConfigError(
+            "a copy goes to a store or comes from one", "--to URL or --from URL", f"llmlab index copy {name} --to URL"
+        )
+    config, embedder = _config(set_)
+    with CountScreen() as screen:
+        copied = (copy_to if to else copy_from)(url, name, config, embedder, screen.update)
+    way = f"{name} -> {url}" if to else f"{url} -> {name}"
+    say(f"{way}: {copied.chunks} chunks, {copied.sent} sent, {copied.removed} removed, in {copied.seconds:.1f} s")
+    json_line({"index": name, "store": url, "generation": copied.generation, "chunks": copied.chunks, "sent": copied.sent,
+               "removed": copied.removed, "seconds": round(copied.seconds, 2)})  # fmt: skip
+
+
 def _config(overrides: list[str] | None) -> tuple[RagConfig, Embedder]:
     from pipelines.config import load, named
     from pipelines.rag.embed import load_embedder

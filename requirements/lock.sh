@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Resolves base.in, dev.in and bench.in in fresh environments and writes exact pins. Usage: requirements/lock.sh [python3.11]
+# Resolves base.in, bench.in, stores.in and dev.in in fresh environments and writes exact pins. Usage: requirements/lock.sh [python3.11]
 set -euo pipefail
 cd "$(dirname "$0")"
 scratch=$(mktemp -d)
@@ -13,6 +13,10 @@ pip install -r bench.in
 { echo "# Written by requirements/lock.sh from bench.in: what it adds to base.lock. Do not edit."
   LC_ALL=C comm -13 <(grep -v '^#' base.lock) <(pins); } > bench.lock
 pip uninstall --yes $(grep -v '^#' bench.lock | cut -d= -f1)
+pip install -r stores.in
+{ echo "# Written by requirements/lock.sh from stores.in: what it adds to base.lock. Do not edit."
+  LC_ALL=C comm -13 <(grep -v '^#' base.lock) <(pins); } > stores.lock
+pip uninstall --yes $(grep -v '^#' stores.lock | cut -d= -f1)
 pip install -r dev.in
 { echo "# Written by requirements/lock.sh from dev.in: what it adds to base.lock. Do not edit."
   LC_ALL=C comm -13 <(grep -v '^#' base.lock) <(pins); } > dev.lock

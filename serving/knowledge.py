@@ -16,6 +16,7 @@ from pipelines.config import load, named
 from pipelines.errors import EngineError, LabError
 from pipelines.rag import generation
 from pipelines.rag.index import RagConfig, open_index
+from pipelines.rag.stores.contract import StoreError
 
 if TYPE_CHECKING:
     from pipelines.rag.embed import Embedder
@@ -90,12 +91,14 @@ class Knowledge:
         return self.retriever
 
     def _look(self) -> None:
-        """See now and then whether another generation serves, and open it in a thread of its own."""
+        """See now and then whether another generation serves, or a store holds it now; open it in a thread of its own."""
         now = time.monotonic()
         if now - self._looked < LOOK_SECONDS:
             return
         self._looked = now
-        if generation.current(generation.folder_of(self.name)) != self._seen and self._renewing.acquire(blocking=False):
+        waiting = isinstance(self.problem, StoreError)  # for a copy to the store, or for the store itself
+        newer = waiting or generation.current(generation.folder_of(self.name)) != self._seen
+        if newer and self._renewing.acquire(blocking=False):
             threading.Thread(target=self._renew, name="index-renewal", daemon=True).start()
 
     def _renew(self) -> None:
@@ -111,7 +114,7 @@ class Knowledge:
         self._seen = generation.current(generation.folder_of(self.name))
         try:
             self._embedder = self._embedder or load_embedder(self.config.embedder)
-            self.retriever = Retriever(open_index(self.name, self._embedder), self._embedder, self.config)
+            self.retriever = Retriever(open_index(self.name, self._embedder, self.config.store), self._embedder, self.config)
             self.problem = None
         except LabError as problem:
             self.problem = problem  # the generation before, if there is one, goes on serving

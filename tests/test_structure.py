@@ -21,7 +21,8 @@ ALLOWED = {
     "monitoring": {"monitoring"},
     "labs": {"pipelines", "serving", "monitoring", "labs"},
 }
-HEAVY = ("torch", "transformers", "peft", "faiss", "matplotlib", "langchain_core", "xllamacpp", "bitsandbytes", "datasets")
+HEAVY = ("torch", "transformers", "peft", "faiss", "matplotlib", "langchain_core", "xllamacpp", "bitsandbytes", "datasets",
+         "qdrant_client", "pymilvus", "psycopg", "weaviate", "pinecone")  # fmt: skip
 
 
 def module_name(path: Path) -> str:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import sqlite3
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import asdict, astuple, dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -35,7 +35,9 @@ if TYPE_CHECKING:
     import numpy as np
 
     from pipelines.rag.lexical import Lexical
+    from pipelines.rag.stores.served import StoreVectors
     from pipelines.rag.vectors import Choice, Found, Vectors
+    from pipelines.rag.where import Expression
 
 MAX_K = 50
 VECTORS, APPROXIMATE, WORDS, CHUNKS = "vectors.npy", "vectors.faiss", "words.safetensors", "chunks.sqlite"
@@ -61,6 +63,7 @@ class RagConfig(Config):
     vector_memory_mib: int = Field(ge=1, description="what auto may let the vectors take")
     top_k: int = Field(ge=1, le=MAX_K, description="passages for a question")
     candidates: int = Field(ge=1, le=1000, description="of each kind of search, which are then ranked together")
+    store: str = Field("", description="where vectors are searched: nothing for here, else a URL of pipelines.rag.stores")
     screen: bool = Field(description="keep passages that speak to the model out of prompts (pipelines.rag.screen)")
     web_hosts: list[str] = Field(description="that llmlab index fetch may ask")
     dense_weight: float = Field(ge=0, le=1, description="of the vectors in the ranking; the rest is that of the words")
@@ -138,7 +141,7 @@ class Index:
     """
 
     def __init__(self, name: str, manifest: Mapping[str, Any], documents: Mapping[str, str], chunks: Sequence[Chunk],
-                 vectors: Vectors, words: Lexical) -> None:  # fmt: skip
+                 vectors: Vectors | StoreVectors, words: Lexical) -> None:  # fmt: skip
         """Take what `open_index` has read."""
         self.name, self.manifest, self.documents = name, manifest, documents
         self.generation: str = manifest["generation"]
@@ -149,19 +152,25 @@ class Index:
         """Return the number of chunks."""
         return len(self.chunks)
 
-    def nearest(self, vector: np.ndarray, k: int, allowed: np.ndarray | None = None) -> Found:
-        """Return the rows of the `k` chunks (or all) nearest to a vector of shape [dimension], among `allowed` rows."""
-        return self.vectors.search(vector, k, allowed)
+    def nearest(self, vector: np.ndarray, k: int, allowed: np.ndarray | None = None, where: str | None = None) -> Found:
+        """Return the rows of the `k` chunks (or all) nearest to a vector of shape [dimension], among `allowed` rows.
 
-    def rows_where(self, where: str) -> np.ndarray:
+        A `where` that allows the same rows spares a store a list of them.
+        """
+        from pipelines.rag.vectors import Vectors
+
+        if isinstance(self.vectors, Vectors):
+            return self.vectors.search(vector, k, allowed)
+        return self.vectors.search(vector, k, allowed, where)
+
+    def rows_where(self, where: str | Expression) -> np.ndarray:
         """Return the rows of the chunks that an expression matches, in order; `DataError` if it cannot be read."""
         import numpy as np
 
-        from pipelines.rag.where import FIELDS, parse
+        from pipelines.rag.where import parse, record_of
 
-        expression = parse(where)
-        records = ({field: getattr(c, field) for field in FIELDS} for c in self.chunks)
-        return np.array([row for row, record in enumerate(records) if expression.matches(record)], dtype=np.int64)
+        expression = parse(where) if isinstance(where, str) else where
+        return np.array([row for row, chunk in enumerate(self.chunks) if expression.matches(record_of(chunk))], dtype=np.int64)
 
     def hit(self, row: int, score: float, cosine: float | None) -> Hit:
         """Return a chunk as what was found."""
@@ -184,54 +193,78 @@ def sync(docs: Path, name: str, config: RagConfig, embedder: Embedder, on_progre
         DataError: no document can be read, or another process builds the same index.
         DiskFull: a write ran out of space; the current generation goes on serving.
     """
-    from pipelines.rag import vectors as nearest
-    from pipelines.rag.lexical import Lexical
-
     started, report = time.perf_counter(), on_progress or (lambda *_: None)
     folder = generation.folder_of(name)
     _check_limit(config, embedder)
     with disk_trouble_is_explained(folder), generation.only_writer(folder):
         generation.remove_unfinished(folder)
-        before = _usable(name, embedder)
+        before = usable(name, embedder)
         documents, skipped, chunks = _read(docs, before, config, embedder, report)
         change = _change(before, chunks)
         rows = _vectors_of(chunks, before, embedder, report)
-        report("index", 0, 2)
-        words = Lexical.of([c.passage for c in chunks], config.stemmer)
-        report("index", 1, 2)
-        kind = nearest.choose(len(rows), embedder.dimension, config.vector_memory_mib * 2**20, config.vectors)
-        approximate, breadth = nearest.build(rows, kind.kind)
-        report("index", 2, 2)
-        facts = {
-            "docs": docs.resolve().name, "documents": len(documents), "chunks": len(chunks),
-            "fingerprint": embedder.fingerprint, "dimension": embedder.dimension, "readers": READERS_VERSION,
-            "config": config.model_dump(),
-            "vectors": {"kind": kind.kind, "reason": kind.reason, "breadth": breadth}, "skipped": [asdict(s) for s in skipped],
-        }  # fmt: skip
-        files: dict[str, generation.Writer] = {
-            VECTORS: partial(_write_rows, rows),
-            WORDS: _writer(words.serialised()),
-            CHUNKS: _writer(_sqlite_bytes(documents, chunks)),
-        }
-        if approximate is not None:
-            files[APPROXIMATE] = _writer(nearest.serialised(approximate))
-        made = generation.write(folder, facts, files, report)
-        generation.switch(folder, made, report)
+        facts = {"docs": docs.resolve().name, "fingerprint": embedder.fingerprint, "dimension": embedder.dimension,
+                 "readers": READERS_VERSION, "skipped": [asdict(s) for s in skipped]}  # fmt: skip
+        made, kind = write(folder, {d.source: d.sha256 for d in documents}, chunks, rows, config, facts, report)
     return SyncReport(name, made, len(documents), len(chunks), change, kind, tuple(skipped), time.perf_counter() - started)
+
+
+def write(folder: Path, documents: Mapping[str, str], chunks: Sequence[Chunk], rows: np.ndarray, config: RagConfig,
+          facts: Mapping[str, Any], report: Progress) -> tuple[str, Choice]:  # fmt: skip
+    """Write a generation, let it serve, and return its name and the kind of its vectors; needs `generation.only_writer`.
+
+    Args:
+        folder: of the index.
+        documents: sha256 by source.
+        chunks: row by row.
+        rows: their vectors, float32 [chunks, dimension].
+        config: what to build.
+        facts: for the manifest, beside what follows from the rest.
+        report: is told of the steps.
+    """
+    from pipelines.rag import vectors as nearest
+    from pipelines.rag.lexical import Lexical
+
+    report("index", 0, 2)
+    words = Lexical.of([c.passage for c in chunks], config.stemmer)
+    report("index", 1, 2)
+    kind = nearest.choose(len(rows), rows.shape[1], config.vector_memory_mib * 2**20, config.vectors)
+    approximate, breadth = nearest.build(rows, kind.kind)
+    report("index", 2, 2)
+    whole = {
+        **facts, "documents": len(documents), "chunks": len(chunks), "config": config.model_dump(),
+        "vectors": {"kind": kind.kind, "reason": kind.reason, "breadth": breadth},
+    }  # fmt: skip
+    files: dict[str, generation.Writer] = {
+        VECTORS: partial(_write_rows, rows),
+        WORDS: _writer(words.serialised()),
+        CHUNKS: _writer(_sqlite_bytes(documents, chunks)),
+    }
+    if approximate is not None:
+        files[APPROXIMATE] = _writer(nearest.serialised(approximate))
+    made = generation.write(folder, whole, files, report)
+    generation.switch(folder, made, report)
+    return made, kind
 
 
 def diff(docs: Path, name: str, config: RagConfig, embedder: Embedder, on_progress: Progress | None = None) -> Change:
     """Return what `sync` would do; arguments and errors as there."""
     _check_limit(config, embedder)
     generation.folder_of(name)
-    before = _usable(name, embedder)
+    before = usable(name, embedder)
     return _change(before, _read(docs, before, config, embedder, on_progress or (lambda *_: None))[2])
 
 
-def open_index(name: str, embedder: Embedder) -> Index:
+def open_index(name: str, embedder: Embedder, store: str = "") -> Index:
     """Read the current generation and check it against its manifest.
 
+    Args:
+        name: of the index.
+        embedder: that it was made with.
+        store: where its vectors are searched; a URL of pipelines.rag.stores, or nothing for here.
+
     Raises:
+        StoreError: the store does not answer.
+        StoreStale: it holds another generation, or not all of this one.
         ConfigError: the name is not valid.
         UnknownName: there is no such index.
         FingerprintMismatch: the index was made with another embedder.
@@ -253,13 +286,23 @@ def open_index(name: str, embedder: Embedder) -> Index:
         raise FingerprintMismatch(
             f"index {name!r} was made with embedder {manifest['fingerprint'][:12]} of {manifest['dimension']} dimensions",
             f"embedder {embedder.fingerprint[:12]} of {embedder.dimension} dimensions", generation.AGAIN)  # fmt: skip
-    files = {file: generation.recorded(path, file, manifest) for file in manifest["files"]}
-    approximate = nearest.read(files[APPROXIMATE]) if APPROXIMATE in files else None
-    how = manifest["vectors"]
-    rows = np.load(files[VECTORS], mmap_mode="r", allow_pickle=False)
+    with ExitStack() as undone:
+        held = None
+        if store:
+            from pipelines.rag.stores.served import StoreVectors, opened
+
+            held = opened(store, name, manifest)
+            undone.callback(held.close)
+        files = {file: generation.recorded(path, file, manifest) for file in manifest["files"]}
+        rows = np.load(files[VECTORS], mmap_mode="r", allow_pickle=False)
+        documents, chunks = _from_sqlite(files[CHUNKS].read_bytes())
+        words = lexical.read(files[WORDS].read_bytes())
+        if held is not None:
+            undone.pop_all()
+            return Index(name, manifest, documents, chunks, StoreVectors(held, rows, [c.id for c in chunks]), words)
+    approximate, how = nearest.read(files[APPROXIMATE]) if APPROXIMATE in files else None, manifest["vectors"]
     vectors = nearest.Vectors(rows, how["kind"], approximate, how["breadth"])
-    documents, chunks = _from_sqlite(files[CHUNKS].read_bytes())
-    return Index(name, manifest, documents, chunks, vectors, lexical.read(files[WORDS].read_bytes()))
+    return Index(name, manifest, documents, chunks, vectors, words)
 
 
 def _check_limit(config: RagConfig, embedder: Embedder) -> None:
@@ -285,8 +328,8 @@ def _read(
     return documents, skipped, chunks
 
 
-def _usable(name: str, embedder: Embedder) -> Index | None:
-    """Return the index if its vectors can be used again."""
+def usable(name: str, embedder: Embedder) -> Index | None:
+    """Return the index if its vectors can be used again, else None."""
     try:
         return open_index(name, embedder)
     except (UnknownName, FingerprintMismatch, RunIncomplete):
@@ -345,10 +388,10 @@ def _writer(content: bytes) -> generation.Writer:
     return write
 
 
-def _sqlite_bytes(documents: Sequence[Document], chunks: Sequence[Chunk]) -> bytes:
+def _sqlite_bytes(documents: Mapping[str, str], chunks: Sequence[Chunk]) -> bytes:
     with closing(sqlite3.connect(":memory:")) as database:
         database.executescript(_TABLES)
-        database.executemany("INSERT INTO documents VALUES (?, ?)", [(d.source, d.sha256) for d in documents])
+        database.executemany("INSERT INTO documents VALUES (?, ?)", list(documents.items()))
         rows = [(position, *astuple(c), c.content_hash) for position, c in enumerate(chunks)]
         database.executemany(f"INSERT INTO chunks VALUES ({', '.join('?' * (len(_COLUMNS) + 2))})", rows)
         database.commit()

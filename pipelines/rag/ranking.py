@@ -24,8 +24,9 @@ class Ranked:
 
 
 def rank(
-    index: Index, config: RagConfig, question: str, vector: np.ndarray | None, k: int, allowed: np.ndarray | None = None
-) -> Ranked:
+    index: Index, config: RagConfig, question: str, vector: np.ndarray | None, k: int, allowed: np.ndarray | None = None,
+    where: str | None = None,
+) -> Ranked:  # fmt: skip
     """Return the `k` best chunks for a question, or all that there are.
 
     Args:
@@ -35,10 +36,11 @@ def rank(
         vector: of the question, shape [dimension]; may be None if only words count.
         k: at least 1.
         allowed: sorted rows; only they are searched.
+        where: the expression that allows them, for a store.
     """
     if config.dense_weight == 1:
         assert vector is not None
-        found = index.nearest(vector, k, allowed)
+        found = index.nearest(vector, k, allowed, where)
         return Ranked(found.rows, found.scores, found.scores)
     words = index.words.scores(question)
     within = np.arange(len(index)) if allowed is None else allowed
@@ -47,7 +49,7 @@ def rank(
     if config.dense_weight == 0:
         return Ranked(rows[:k], words[rows[:k]], None)
     assert vector is not None
-    rows = np.union1d(rows, index.nearest(vector, wanted, allowed).rows)
+    rows = np.union1d(rows, index.nearest(vector, wanted, allowed, where).rows)
     cosines = index.vectors.rows[rows] @ vector
     scores = config.dense_weight * _in_proportion(cosines) + (1 - config.dense_weight) * _in_proportion(words[rows])
     best = np.argsort(-scores, kind="stable")[:k]

@@ -74,7 +74,7 @@ class Retriever:
         embedded = time.perf_counter()
         wanted = k
         while True:
-            hits, held_back = self._screened(rank(self.index, self.config, question, vector, wanted, allowed))
+            hits, held_back = self._screened(rank(self.index, self.config, question, vector, wanted, allowed, where))
             if len(hits) >= k or wanted >= len(self.index if allowed is None else allowed):
                 break
             wanted = k + len(held_back)

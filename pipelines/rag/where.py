@@ -88,6 +88,11 @@ class Not(Expression):
         return not self.part.matches(record)
 
 
+def record_of(chunk: object) -> dict[str, Scalar | None]:
+    """Return the fields of a chunk that an expression can name."""
+    return {field: getattr(chunk, field) for field in FIELDS}
+
+
 class _Token(NamedTuple):
     kind: str
     text: str
@@ -219,7 +224,7 @@ def _compare(held: Scalar, operator: str, value: Scalar) -> bool:
         if operator == "contains":
             return value in held
         return _ordered(held, operator, value)
-    return not isinstance(held, bool) and _ordered(float(held), operator, float(value))
+    return not isinstance(held, bool) and _ordered(held, operator, value)
 
 
 def _ordered(held: str | float, operator: str, value: str | float) -> bool:

@@ -41,6 +41,7 @@ RECORD = {"source": "api/v1/users.md", "title": "Users > List", "text": 'It\'s a
         ('page = 1 and (page = 2 or id = "ab")', False),
         ('title >= "T" and title <= "Z"', True),
         ("not not page = 3", True),
+        (f"page < {'9' * 400} and page > -{'9' * 400}.5", True),
     ],
 )
 def test_expressions_mean_what_they_say(expression: str, expected: bool) -> None:
