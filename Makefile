@@ -100,5 +100,6 @@ test-faults: .venv/dev ## kill a training at 120 points and an index at over 200
 lock: ## resolve requirements/*.in again into the lock files
 	@requirements/lock.sh $(PYTHON)
 
-clean: ## remove environments, caches and the index; runs stay
-	@rm -rf .venv .venv-vllm .venv-llamafactory .cache index .pytest_cache .mypy_cache .ruff_cache
+clean: ## remove environments, caches and indexes; runs and uploaded documents stay
+	@find index -mindepth 1 -maxdepth 1 ! -name '*.documents' -exec rm -rf {} + 2>/dev/null; true
+	@rm -rf .venv .venv-vllm .venv-llamafactory .cache .pytest_cache .mypy_cache .ruff_cache
