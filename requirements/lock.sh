@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Resolves base.in, bench.in, stores.in and dev.in in fresh environments and writes exact pins. Usage: requirements/lock.sh [python3.11]
+# Resolves base.in, bench.in, stores.in, dev.in and chains.in in fresh environments and writes exact pins. Usage: requirements/lock.sh [python3.11]
 set -euo pipefail
 cd "$(dirname "$0")"
 scratch=$(mktemp -d)
@@ -20,3 +20,6 @@ pip uninstall --yes $(grep -v '^#' stores.lock | cut -d= -f1)
 pip install -r dev.in
 { echo "# Written by requirements/lock.sh from dev.in: what it adds to base.lock. Do not edit."
   LC_ALL=C comm -13 <(grep -v '^#' base.lock) <(pins); } > dev.lock
+pip install -r chains.in
+{ echo "# Written by requirements/lock.sh from chains.in: what it adds to base.lock and dev.lock. Do not edit."
+  LC_ALL=C comm -13 <(grep -hv '^#' base.lock dev.lock | LC_ALL=C sort) <(pins); } > chains.lock

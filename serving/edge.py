@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from monitoring.metrics import HTTP_REQUEST_DURATION, HTTP_REQUESTS, HTTP_REQUESTS_IN_FLIGHT, bounded
+from pipelines.errors import LabError
 from serving.problems import BodyTooLarge, response, unexpected
 
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
@@ -20,10 +22,15 @@ CLIENT_CLOSED = 499  # nginx's status for a client that left before the answer
 
 
 class Edge:
-    """ASGI middleware around the whole application."""
+    """ASGI middleware around the whole application.
 
-    def __init__(self, app: ASGIApp, max_body_bytes: int) -> None:
-        self.app, self.max_body_bytes = app, max_body_bytes
+    Args:
+        app: the application.
+        limit_of: returns how long the body of a request may be, or raises why nothing of it is read.
+    """
+
+    def __init__(self, app: ASGIApp, limit_of: Callable[[Scope], int]) -> None:
+        self.app, self.limit_of = app, limit_of
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass one request on."""
@@ -50,10 +57,10 @@ class Edge:
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send, seen: dict[str, int]) -> None:
         try:
-            body = await _read(receive, self.max_body_bytes, _content_length(scope))
+            body = await _read(receive, self.limit_of(scope), _content_length(scope))
             if body is not None:
                 await self.app(scope, _replay(body, receive), send)
-        except BodyTooLarge as error:
+        except LabError as error:  # the body is not wanted
             await response(error, scope["path"])(scope, receive, send)
         except Exception as error:  # the last line: whatever it is, the client gets an id and the log the traceback
             problem = unexpected(error)

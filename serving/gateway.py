@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -16,7 +17,7 @@ from starlette.exceptions import HTTPException
 
 from monitoring.metrics import REGISTRY, set_build, start_series
 from pipelines.errors import LabError
-from serving import openai_api, rag_api
+from serving import documents_api, openai_api, rag_api
 from serving.edge import Edge
 from serving.problems import BadRequest, EngineDown, response
 from serving.service import Service
@@ -31,12 +32,14 @@ def create_app(service: Service, version: str) -> FastAPI:
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         async with service.upstream:
+            service.documents.start()
             yield
 
     app = FastAPIOffline(title="LLM Lab", version=version, description=DESCRIPTION, lifespan=lifespan)
-    app.add_middleware(Edge, max_body_bytes=service.config.max_body_bytes)
+    app.add_middleware(Edge, limit_of=partial(documents_api.body_limit, service.config))
     app.include_router(openai_api.router(service))
     app.include_router(rag_api.router(service))
+    app.include_router(documents_api.router(service))
     _add_operations(app, service)
     app.add_exception_handler(LabError, _lab_error)
     app.add_exception_handler(RequestValidationError, _invalid)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from datetime import datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from monitoring.metrics import INDEX_CHUNKS, INDEX_CREATED
@@ -37,6 +38,7 @@ class Knowledge:
         config: how it is searched.
 
     Attributes:
+        folder: of the index.
         top_k: passages for a question that does not say how many.
         retriever: None if the index could not be opened.
         problem: why not, or why a newer generation could not be.
@@ -44,12 +46,13 @@ class Knowledge:
 
     def __init__(self, name: str, config: RagConfig) -> None:
         self.name, self.config, self.top_k = name, config, config.top_k
+        self.folder = generation.folder_of(name)
         self.retriever: Retriever | None = None
         self.problem: LabError | None = None
         self._embedder: Embedder | None = None
         self._seen: str | None = None
         self._looked = 0.0
-        self._renewing = threading.Lock()
+        self._renewing, self._loading = threading.Lock(), threading.Lock()
         self._open()
 
     @property
@@ -90,6 +93,30 @@ class Knowledge:
             raise IndexMissing(problem.came, problem.expected, problem.next_command or generation.AGAIN)
         return self.retriever
 
+    def sync(self, docs: Path | None) -> None:
+        """Make the index say what a folder and the uploads say (pipelines.rag.index.sync), and serve that.
+
+        Raises:
+            Busy: another process builds the index.
+            LabError: as pipelines.rag.index.sync; what served goes on serving.
+        """
+        from pipelines.rag.index import sync
+        from pipelines.rag.uploads import NoDocuments
+
+        try:
+            sync(docs, self.name, self.config, self._loaded_embedder())
+        except NoDocuments:
+            self.forget()
+        with self._renewing:
+            self._open()
+
+    def forget(self) -> None:
+        """Remove the index; questions are answered with 503 until there is one again."""
+        with generation.only_writer(self.folder):
+            generation.forget(self.folder)
+        with self._renewing:
+            self._open()
+
     def _look(self) -> None:
         """See now and then whether another generation serves, or a store holds it now; open it in a thread of its own."""
         now = time.monotonic()
@@ -97,7 +124,7 @@ class Knowledge:
             return
         self._looked = now
         waiting = isinstance(self.problem, StoreError)  # for a copy to the store, or for the store itself
-        newer = waiting or generation.current(generation.folder_of(self.name)) != self._seen
+        newer = waiting or generation.current(self.folder) != self._seen
         if newer and self._renewing.acquire(blocking=False):
             threading.Thread(target=self._renew, name="index-renewal", daemon=True).start()
 
@@ -107,14 +134,22 @@ class Knowledge:
         finally:
             self._renewing.release()
 
-    def _open(self) -> None:
+    def _loaded_embedder(self) -> Embedder:
         from pipelines.rag.embed import load_embedder
+
+        with self._loading:
+            self._embedder = self._embedder or load_embedder(self.config.embedder)
+            return self._embedder
+
+    def _open(self) -> None:
         from pipelines.rag.retrieve import Retriever
 
-        self._seen = generation.current(generation.folder_of(self.name))
+        self._seen = generation.current(self.folder)
+        if self._seen is None:
+            self.retriever = None  # an index that was removed is not served any more
         try:
-            self._embedder = self._embedder or load_embedder(self.config.embedder)
-            self.retriever = Retriever(open_index(self.name, self._embedder, self.config.store), self._embedder, self.config)
+            embedder = self._loaded_embedder()
+            self.retriever = Retriever(open_index(self.name, embedder, self.config.store), embedder, self.config)
             self.problem = None
         except LabError as problem:
             self.problem = problem  # the generation before, if there is one, goes on serving

@@ -27,6 +27,7 @@ from pipelines.hardware import Choice, Machine, choose_engine, probe
 from pipelines.runs import Run
 from serving import engines
 from serving.address import check_free, listen
+from serving.documents import Documents
 from serving.engines.contract import Launch
 from serving.knowledge import open_knowledge
 from serving.service import Service
@@ -124,7 +125,8 @@ def _prepared(
             if run:
                 check_template(run, supervisor.engine, supervisor.launch)
             upstream = Upstream(supervisor.engine, supervisor.launch, supervisor, config.request_seconds)
-            service = Service(config, supervisor, upstream, knowledge, run, _base(model, supervisor.launch))
+            documents = Documents(knowledge, config)
+            service = Service(config, supervisor, upstream, knowledge, documents, run, _base(model, supervisor.launch))
             _say_addresses(_url(address), config.host, service, say)
             yield service, _server(service, config.drain_seconds), address
         finally:

@@ -18,6 +18,7 @@ from serving.engines.contract import Overflow
 
 LOG = logging.getLogger("serving")
 OPENAI_PATHS = ("/v1/chat/", "/v1/models")
+DOCUMENT_PATHS = ("/v1/documents",)  # OpenAI's form, and the status that says most
 
 
 class BadRequest(LabError):
@@ -30,6 +31,18 @@ class BodyTooLarge(BadRequest):
     """The request body is larger than the gateway reads."""
 
     http_status = 413
+
+
+class AdminOff(LabError):
+    """Changes are not turned on."""
+
+    http_status = 403
+
+
+class KeyWrong(LabError):
+    """A request has no admin key, or another one."""
+
+    http_status = 401
 
 
 class ContextExceeded(BadRequest):
@@ -96,6 +109,10 @@ def openai_status(error: LabError) -> int:
 def response(error: LabError, path: str) -> JSONResponse:
     """Return the answer for an error, in the form of the API that the path belongs to."""
     headers = {"Retry-After": str(error.retry_after_seconds)} if isinstance(error, EngineDown) else None
+    if isinstance(error, KeyWrong):
+        headers = {"WWW-Authenticate": "Bearer"}
+    if path.startswith(DOCUMENT_PATHS):
+        return JSONResponse(openai_body(error), error.http_status, headers)
     if path.startswith(OPENAI_PATHS):
         return JSONResponse(openai_body(error), openai_status(error), headers)
     return JSONResponse(lab_body(error), error.http_status, headers)
@@ -122,6 +139,6 @@ def _code(error: LabError) -> str | None:
     codes: dict[type[LabError], str] = {
         ContextExceeded: "context_length_exceeded", UnknownName: "model_not_found", EngineDown: "engine_unavailable",
         EngineFailed: "engine_failed", EngineSilent: "timeout", BodyTooLarge: "request_too_large",
-        BadRequest: "invalid_value", EngineRefused: "invalid_value",
+        BadRequest: "invalid_value", EngineRefused: "invalid_value", AdminOff: "admin_off", KeyWrong: "invalid_api_key",
     }  # fmt: skip
     return codes.get(type(error))

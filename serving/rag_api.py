@@ -23,14 +23,13 @@ from pipelines.rag.answer import ABSTENTION, Reply, messages, parse
 from serving import limits
 from serving.openai_api import SSE_HEADERS
 from serving.problems import lab_body, unexpected
+from serving.rag_events import AnswerReader, Step
 from serving.service import Service
 from serving.upstream import ClientGone, Meter, text_of, unless_gone
 
 if TYPE_CHECKING:
     from pipelines.rag.index import Hit
     from pipelines.rag.retrieve import Retrieved
-
-Step = tuple[str, dict[str, Any]]
 
 
 class Query(BaseModel):
@@ -43,7 +42,9 @@ class Query(BaseModel):
     where: str | None = Field(None, description='which passages are searched, such as source like "api/*" and page >= 3')
     model: str | None = Field(None, description="base or adapter; the adapter, if there is one, if left out")
     max_tokens: int | None = Field(None, description="longest answer")
-    stream: bool = Field(False, description="server-sent events: passages, token..., answer; or error")
+    stream: bool = Field(
+        False, description="server-sent events: passages, then token, citation, sentence as they come, then answer"
+    )
 
 
 class Passage(BaseModel):
@@ -128,7 +129,7 @@ def router(service: Service) -> APIRouter:
 
 
 async def _steps(query: Query, service: Service) -> AsyncIterator[Step]:
-    """Yield ("passages", ...), ("token", ...) for each piece of text, and ("answer", ...)."""
+    """Yield the events of an answer (serving.rag_events), ("answer", ...) last."""
     began = time.perf_counter()
     limits.check_question(query.question, service.config)
     k = limits.check_k(query.k, service.knowledge.top_k, service.config)
@@ -140,21 +141,21 @@ async def _steps(query: Query, service: Service) -> AsyncIterator[Step]:
     _count_retrieval(found)
     passages = _passages(found.hits)
     yield "passages", {"passages": passages}
-    meter, pieces = Meter(model), [ABSTENTION]
+    meter, reader = Meter(model), AnswerReader(service.knowledge, found)
     if found.hits:
         body = {"model": model, "messages": messages(query.question, found.hits), "temperature": 0, "max_tokens": length}
-        pieces = []
         async with aclosing(service.upstream.stream(body, meter)) as chunks:  # type: ignore[type-var]
             async for chunk in chunks:
                 if piece := text_of(chunk):
-                    pieces.append(piece)
-                    yield "token", {"text": piece}
-    text, timings = "".join(pieces), _timings(began, found, meter)
-    reply = parse(text, len(passages))
-    checked = [] if reply.abstained else await service.knowledge.check(text, found)
+                    for step in await reader.feed(piece):
+                        yield step
+    timings = _timings(began, found, meter)
+    for step in await reader.end():
+        yield step
+    reply = parse(reader.text if found.hits else ABSTENTION, len(passages))
     _count_citations(reply)
     answer = {
-        "answer": reply.text, "abstained": reply.abstained, "sentences": checked,
+        "answer": reply.text, "abstained": reply.abstained, "sentences": reader.sentences,
         "citations": [passages[number - 1] for number in reply.cited], "invalid_citations": list(reply.invalid),
         "passages": passages, "held_back": _held_back(found), "model": model, "timings": timings, "usage": meter.usage,
     }  # fmt: skip

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipelines.runs import Run
+from serving.documents import Documents
 from serving.knowledge import Knowledge
 from serving.settings import ServeConfig
 from serving.supervisor import Supervisor
@@ -21,6 +22,7 @@ class Service:
         supervisor: the engine process; its launch has the names of base and adapter.
         upstream: the way to the engine.
         knowledge: the index.
+        documents: what is added to it over the API.
         run: where the adapter, or the model in place of the base, comes from; or None.
         base: what the base is: title, hub id, revision, file.
     """
@@ -29,6 +31,7 @@ class Service:
     supervisor: Supervisor
     upstream: Upstream
     knowledge: Knowledge
+    documents: Documents
     run: Run | None
     base: dict[str, Any]
 

@@ -36,6 +36,9 @@ class ServeConfig(Config):
     engine_port: int = Field(ge=0, le=65535)
     index: str = Field(min_length=1)
     rag: str = Field(min_length=1, description="names the file of configs/rag that the index was built with")
+    documents: str | None = Field(min_length=1, description="folder that /v1/documents changes; None for one beside the index")
+    max_documents: int = Field(ge=1)
+    max_document_bytes: int = Field(ge=1)
     context_tokens: int = Field(ge=256)
     slots: Slots
     gpu_memory_share: float = Field(gt=0, le=1, description="of a GPU's memory, for weights and cache of vLLM")

@@ -21,8 +21,10 @@ ALLOWED = {
     "monitoring": {"monitoring"},
     "labs": {"pipelines", "serving", "monitoring", "labs"},
 }
-HEAVY = ("torch", "transformers", "peft", "faiss", "matplotlib", "langchain_core", "xllamacpp", "bitsandbytes", "datasets",
-         "qdrant_client", "pymilvus", "psycopg", "weaviate", "pinecone")  # fmt: skip
+HEAVY = (
+    "torch", "transformers", "peft", "faiss", "matplotlib", "langchain_core", "llama_index", "xllamacpp", "bitsandbytes", "datasets",
+    "qdrant_client", "pymilvus", "psycopg", "weaviate", "pinecone",
+)  # fmt: skip
 
 
 def module_name(path: Path) -> str:
@@ -97,7 +99,8 @@ def test_everything_asked_for_is_in_the_lock() -> None:
             assert name[0].lower() in locked, line
 
 
-def test_langchain_is_behind_one_door() -> None:
-    """Its modules move between releases; only the adapter of our retriever knows them."""
-    users = {module_name(path) for path in MODULES if re.search(r"^\s*(from|import) langchain", path.read_text(), re.M)}
-    assert users == {"pipelines.rag.retrieve"}
+@pytest.mark.parametrize(("library", "example"), [("langchain", "langchain_rag"), ("llama_index", "llamaindex_rag")])
+def test_chains_are_behind_one_door(library: str, example: str) -> None:
+    """Their modules move between releases; only the adapters of our retriever know them, and an example of each."""
+    users = {module_name(path) for path in MODULES if re.search(rf"^\s*(from|import) {library}", path.read_text(), re.M)}
+    assert users == {"pipelines.rag.adapters", f"labs.chains.{example}"}

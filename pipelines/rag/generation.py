@@ -33,6 +33,10 @@ Writer = Callable[[BinaryIO], None]
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]*")
 
 
+class Busy(DataError):
+    """Another process builds the index."""
+
+
 def index_root() -> Path:
     """Return the folder of all indexes: `LLMLAB_INDEX`, or `index/` in the repository."""
     return Path(os.environ.get("LLMLAB_INDEX") or ROOT / "index")
@@ -126,6 +130,15 @@ def switch(folder: Path, generation: str, report: Progress) -> None:
             shutil.rmtree(path)
 
 
+def forget(folder: Path) -> None:
+    """Remove every generation, so that none serves."""
+    (folder / CURRENT).unlink(missing_ok=True)
+    sync(folder)
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+
+
 def remove_unfinished(folder: Path) -> None:
     """Remove what a writer left that was killed."""
     for path in folder.iterdir():
@@ -138,7 +151,7 @@ def only_writer(folder: Path) -> Iterator[None]:
     """Hold the lock of an index; the system lets go of it when the process ends, however it ends.
 
     Raises:
-        DataError: another process holds it.
+        Busy: another process holds it.
     """
     import fcntl
 
@@ -147,7 +160,7 @@ def only_writer(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise DataError(f"another process builds index {folder.name!r}", "one build at a time") from None
+            raise Busy(f"another process builds index {folder.name!r}", "one build at a time") from None
         yield
 
 

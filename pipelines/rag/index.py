@@ -24,11 +24,11 @@ from pydantic import Field
 
 from pipelines.config import Config
 from pipelines.errors import ConfigError, FingerprintMismatch, RunIncomplete, UnknownName
-from pipelines.rag import generation
+from pipelines.rag import generation, uploads
 from pipelines.rag.chunk import Chunk, chunk
 from pipelines.rag.embed import Embedder
 from pipelines.rag.generation import Progress
-from pipelines.rag.load import READERS_VERSION, Document, Skipped, load
+from pipelines.rag.load import READERS_VERSION, Document, Skipped
 from pipelines.runs import disk_trouble_is_explained
 
 if TYPE_CHECKING:
@@ -178,11 +178,12 @@ class Index:
         return Hit(found.id, found.source, found.title, found.text, score, cosine, found.page, row)
 
 
-def sync(docs: Path, name: str, config: RagConfig, embedder: Embedder, on_progress: Progress | None = None) -> SyncReport:
-    """Make an index say what a folder of documents says; the generation that serves is replaced only by a whole one.
+def sync(docs: Path | None, name: str, config: RagConfig, embedder: Embedder, on_progress: Progress | None = None) -> SyncReport:
+    """Make an index say what a folder of documents and the uploads say (pipelines.rag.uploads); the generation that serves is
+    replaced only by a whole one.
 
     Args:
-        docs: folder of documents.
+        docs: folder of documents; None keeps what the index has of one, and reads the uploads only.
         name: lower-case letters, digits and hyphens.
         config: how to chunk and what to build.
         embedder: makes the vectors.
@@ -199,10 +200,11 @@ def sync(docs: Path, name: str, config: RagConfig, embedder: Embedder, on_progre
     with disk_trouble_is_explained(folder), generation.only_writer(folder):
         generation.remove_unfinished(folder)
         before = usable(name, embedder)
-        documents, skipped, chunks = _read(docs, before, config, embedder, report)
+        documents, skipped, chunks = _read(docs, name, before, config, embedder, report)
         change = _change(before, chunks)
         rows = _vectors_of(chunks, before, embedder, report)
-        facts = {"docs": docs.resolve().name, "fingerprint": embedder.fingerprint, "dimension": embedder.dimension,
+        made_from = docs.resolve().name if docs else before.manifest["docs"] if before else ""
+        facts = {"docs": made_from, "fingerprint": embedder.fingerprint, "dimension": embedder.dimension,
                  "readers": READERS_VERSION, "skipped": [asdict(s) for s in skipped]}  # fmt: skip
         made, kind = write(folder, {d.source: d.sha256 for d in documents}, chunks, rows, config, facts, report)
     return SyncReport(name, made, len(documents), len(chunks), change, kind, tuple(skipped), time.perf_counter() - started)
@@ -251,7 +253,7 @@ def diff(docs: Path, name: str, config: RagConfig, embedder: Embedder, on_progre
     _check_limit(config, embedder)
     generation.folder_of(name)
     before = usable(name, embedder)
-    return _change(before, _read(docs, before, config, embedder, on_progress or (lambda *_: None))[2])
+    return _change(before, _read(docs, name, before, config, embedder, on_progress or (lambda *_: None))[2])
 
 
 def open_index(name: str, embedder: Embedder, store: str = "") -> Index:
@@ -312,14 +314,14 @@ def _check_limit(config: RagConfig, embedder: Embedder) -> None:
 
 
 def _read(
-    docs: Path, before: Index | None, config: RagConfig, embedder: Embedder, report: Progress
+    docs: Path | None, name: str, before: Index | None, config: RagConfig, embedder: Embedder, report: Progress
 ) -> tuple[list[Document], list[Skipped], list[Chunk]]:
     """Return documents, files that were left out, and chunks; a file that is as it was is neither parsed nor cut again."""
     same = before and (before.manifest["readers"], before.manifest["config"]["chunk_max_tokens"]) == (
         READERS_VERSION, config.chunk_max_tokens)  # fmt: skip
     kept = _by_source(before.chunks) if before and same else {}
     left_out = [Skipped(**s) for s in before.manifest["skipped"]] if before and same else []
-    documents, skipped = load(docs, before.documents if before and same else None, left_out)
+    documents, skipped = uploads.load_with(docs, name, before.documents if before and same else None, left_out)
     chunks: list[Chunk] = []
     for done, document in enumerate(documents, 1):
         cut = chunk(document, config.chunk_max_tokens, embedder.token_count) if document.sections else kept[document.source]

@@ -1,6 +1,6 @@
 """Question -> passages, with the seconds that embedding and search took; how they are ranked is in pipelines.rag.ranking.
 
-The LangChain adapter at the end is for chains, our own path does not go through it.
+For chains of other libraries see pipelines.rag.adapters.
 Used by: make ask Q="Which open models allow commercial use?"
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pipelines.errors import DataError
 from pipelines.rag.embed import Embedder
@@ -16,9 +16,6 @@ from pipelines.rag.index import MAX_K, Hit, Index, RagConfig
 from pipelines.rag.screen import reason_to_hold_back
 
 if TYPE_CHECKING:
-    from langchain_core.documents import Document
-    from langchain_core.retrievers import BaseRetriever
-
     from pipelines.rag.ranking import Ranked
 
 
@@ -103,24 +100,3 @@ class Retriever:
         if tokens > self.embedder.max_tokens:
             limit = f"at most {self.embedder.max_tokens}, since the embedder reads no more"
             raise DataError(f"the question has {tokens} tokens", limit)
-
-
-def as_langchain(retriever: Retriever, k: int) -> BaseRetriever:
-    """Return the retriever as a LangChain `BaseRetriever`, for use in a chain.
-
-    Its documents carry the text, the chunk id, and `source`, `title`, `page`, `score` and `cosine` as metadata.
-    """
-    from langchain_core.documents import Document
-    from langchain_core.retrievers import BaseRetriever
-
-    class LabRetriever(BaseRetriever):
-        def _get_relevant_documents(self, query: str, **_: Any) -> list[Document]:
-            return [
-                Document(hit.text, id=hit.chunk_id, metadata={
-                    "source": hit.source, "title": hit.title, "page": hit.page, "score": hit.score,
-                    "cosine": hit.cosine,
-                })
-                for hit in retriever.retrieve(query, k).hits
-            ]  # fmt: skip
-
-    return LabRetriever()

@@ -94,9 +94,41 @@ def test_a_stream_ends_with_the_same_answer(http: httpx.Client) -> None:
     assert response.headers["content-type"].startswith("text/event-stream")
     events = server_sent_events(response)
     kinds = [kind for kind, _ in events]
-    assert kinds[0] == "passages" and kinds[-1] == "answer" and set(kinds[1:-1]) == {"token"}
+    assert kinds[0] == "passages" and kinds[-1] == "answer" and set(kinds[1:-1]) <= {"token", "citation", "sentence"}
     assert {k: events[-1][1][k] for k in ("answer", "passages")} == {k: whole[k] for k in ("answer", "passages")}
     assert events[0][1]["passages"] == whole["passages"]
+
+
+def test_citations_and_sentences_come_as_soon_as_they_are_complete(http: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    from serving import rag_api
+
+    pieces = ["Vela was", " made by Orion Labs [", "1", "]", ".", " It has 80 billion parameters. [", "9]", "[1] Yes", "."]
+    monkeypatch.setattr(rag_api, "text_of", lambda _, left=pieces: left.pop(0) if left else "")
+    events = server_sent_events(ask(http, model=MODEL, k=3, stream=True))
+    seen = [(kind, c.get("text") or (c.get("number"), c.get("valid"))) for kind, c in events[1:-1]]
+    first = "Vela was made by Orion Labs."
+    assert seen == [
+        ("token", "Vela was"), ("token", " made by Orion Labs ["), ("token", "1"), ("token", "]"), ("citation", (1, True)),
+        ("token", "."), ("token", " It has 80 billion parameters. ["), ("sentence", first), ("token", "9]"),
+        ("citation", (9, False)), ("token", "[1] Yes"), ("sentence", "It has 80 billion parameters."), ("token", "."),
+        ("sentence", "Yes."),
+    ]  # fmt: skip
+    passage = events[0][1]["passages"][0]
+    cited = [c for kind, c in events if kind == "citation"]
+    assert cited[0] == {"number": 1, "valid": True} | {f: passage[f] for f in ("chunk_id", "source", "title", "page")}
+    assert cited[1] == {"number": 9, "valid": False, "chunk_id": None, "source": None, "title": None, "page": None}
+    assert events[-1][1]["sentences"] == [c for kind, c in events if kind == "sentence"]
+    assert [s["supported"] for s in events[-1][1]["sentences"]] == [True, False, None]
+
+
+def test_an_abstention_streams_no_sentence(http: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    from serving import rag_api
+
+    pieces = [*ABSTENTION.split(" "), " It is so."]
+    pieces = [pieces[0], *(f" {word}" for word in pieces[1:-1]), pieces[-1]]
+    monkeypatch.setattr(rag_api, "text_of", lambda _, left=pieces: left.pop(0) if left else "")
+    events = server_sent_events(ask(http, model=MODEL, stream=True))
+    assert {kind for kind, _ in events} == {"passages", "token", "answer"} and events[-1][1]["abstained"]
 
 
 @pytest.mark.parametrize(

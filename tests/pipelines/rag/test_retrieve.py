@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from pipelines.config import ROOT
-from pipelines.errors import DataError
+from pipelines.errors import ConfigError, DataError
+from pipelines.rag.adapters import as_langchain, as_llamaindex
 from pipelines.rag.embed import Embedder
 from pipelines.rag.index import MAX_K, RagConfig, open_index, sync
-from pipelines.rag.retrieve import Retriever, as_langchain
+from pipelines.rag.retrieve import Retriever
 
 DATA = Path(os.environ.get("LLMLAB_DATA") or ROOT.parent / "shared" / "data")
 
@@ -74,6 +76,18 @@ def test_langchain_uses_it_in_a_chain(retriever: Retriever) -> None:
     prompt = ChatPromptTemplate.from_template("{context}\n{question}")
     chain = {"context": as_langchain(retriever, 1), "question": RunnablePassthrough()} | prompt
     assert "Grafana draws dashboards" in chain.invoke("What draws dashboards?").to_string()
+
+
+def test_llamaindex_gets_the_same_passages(retriever: Retriever, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("llama_index.core", reason="LlamaIndex is not installed: make setup-chains")
+    hits = retriever.retrieve("What draws dashboards?", 2).hits
+    nodes = as_llamaindex(retriever, 2).retrieve("What draws dashboards?")
+    assert [(n.node_id, n.score, n.text) for n in nodes] == [(h.chunk_id, h.score, h.text) for h in hits]
+    assert nodes[0].metadata == as_langchain(retriever, 2).invoke("What draws dashboards?")[0].metadata
+    monkeypatch.setitem(sys.modules, "llama_index.core.retrievers", None)
+    with pytest.raises(ConfigError, match="LlamaIndex is not installed") as raised:
+        as_llamaindex(retriever, 2)
+    assert raised.value.next_command == "make setup-chains"
 
 
 @pytest.mark.slow
