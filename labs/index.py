@@ -65,6 +65,30 @@ def diff(docs: Docs = None, name: Name = "knowledge", set_: Overrides = None) ->
 
 
 @index_app.command()
+def calibrate(
+    name: Annotated[str, typer.Argument(help="The index.", metavar="NAME")],
+    questions: Annotated[Path, typer.Option(help='JSON lines {"question": ..., "source": ...}; no source: nothing answers it.')],
+    at_most: Annotated[float, typer.Option(min=0, max=0.5, help="Share of the answerable questions that may be refused.")] = 0.02,
+    set_: Overrides = None,
+) -> None:
+    """Learn below which sign a question has no answer. Example: llmlab index calibrate notes --questions asked.jsonl."""
+    from labs.screen import CountScreen, json_line, say
+    from pipelines.rag.abstention import learn, read_questions, save
+    from pipelines.rag.retrieve import open_retriever
+
+    config, embedder = _config(set_)
+    asked = read_questions(questions)
+    retriever = open_retriever(name, embedder, config)
+    with CountScreen() as screen:
+        found = learn(retriever, asked, at_most, lambda done, total: screen.update("ask", done, total))
+    save(name, found)
+    say(f"index {name}: a sign below {found.value:.3f} is no answer, as for {found.refused:.1%} of {found.answerable} questions "
+        f"that have one and {found.caught:.1%} of {found.unanswerable} that have none (AUC {found.auc:.3f})")  # fmt: skip
+    json_line({"index": name, "threshold": found.value, "refused": found.refused, "caught": found.caught,
+               "answerable": found.answerable, "unanswerable": found.unanswerable, "auc": found.auc})  # fmt: skip
+
+
+@index_app.command()
 def fetch(
     urls: Annotated[list[str], typer.Argument(help="Addresses of pages: http or https.", metavar="URL")],
     into: Annotated[Path, typer.Option(help="The folder that gets them; index it with sync.")],

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 from monitoring.metrics import INDEX_CHUNKS, INDEX_CREATED
 from pipelines.config import load, named
 from pipelines.errors import EngineError, LabError
-from pipelines.rag import generation
-from pipelines.rag.index import RagConfig, open_index
+from pipelines.rag import abstention, generation
+from pipelines.rag.index import RagConfig
 from pipelines.rag.stores.contract import StoreError
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class Knowledge:
         self.retriever: Retriever | None = None
         self.problem: LabError | None = None
         self._embedder: Embedder | None = None
-        self._seen: str | None = None
+        self._seen: tuple[str | None, int | None] | None = None
         self._looked = 0.0
         self._renewing, self._loading = threading.Lock(), threading.Lock()
         self._open()
@@ -124,9 +124,13 @@ class Knowledge:
             return
         self._looked = now
         waiting = isinstance(self.problem, StoreError)  # for a copy to the store, or for the store itself
-        newer = waiting or generation.current(self.folder) != self._seen
+        newer = waiting or self._state() != self._seen
         if newer and self._renewing.acquire(blocking=False):
             threading.Thread(target=self._renew, name="index-renewal", daemon=True).start()
+
+    def _state(self) -> tuple[str | None, int | None]:
+        """Return which generation serves and when its threshold was learned, which tells whether to open it anew."""
+        return generation.current(self.folder), abstention.learned_at(self.name)
 
     def _renew(self) -> None:
         try:
@@ -142,14 +146,15 @@ class Knowledge:
             return self._embedder
 
     def _open(self) -> None:
-        from pipelines.rag.retrieve import Retriever
+        from pipelines.rag.retrieve import open_retriever
 
-        self._seen = generation.current(self.folder)
-        if self._seen is None:
+        self._seen = self._state()
+        if self._seen[0] is None:
             self.retriever = None  # an index that was removed is not served any more
         try:
             embedder = self._loaded_embedder()
-            self.retriever = Retriever(open_index(self.name, embedder, self.config.store), embedder, self.config)
+            reranker = self.retriever.reranker if self.retriever else None
+            self.retriever = open_retriever(self.name, embedder, self.config, reranker)
             self.problem = None
         except LabError as problem:
             self.problem = problem  # the generation before, if there is one, goes on serving

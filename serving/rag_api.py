@@ -11,7 +11,8 @@ import json
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
@@ -19,9 +20,10 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from monitoring.metrics import RAG_CITATIONS, RAG_HITS, RAG_REQUESTS, RAG_STAGE_DURATION, RAG_TOP_SCORE
 from pipelines.errors import LabError
-from pipelines.rag.answer import ABSTENTION, Reply, messages, parse
+from pipelines.rag.answer import ABSTENTION, Reply, parse
 from serving import limits
 from serving.openai_api import SSE_HEADERS
+from serving.packing import fitting
 from serving.problems import lab_body, unexpected
 from serving.rag_events import AnswerReader, Step
 from serving.service import Service
@@ -77,8 +79,8 @@ class Timings(BaseModel):
     total_seconds: float
 
 
-class HeldBack(BaseModel):
-    """A passage that was found and not given to the model, since it seems to give instructions."""
+class LeftOut(BaseModel):
+    """A passage that was found and not given to the model; the reason says why."""
 
     source: str
     title: str
@@ -95,15 +97,26 @@ class Sentence(BaseModel):
 
 
 class Answer(BaseModel):
-    """An answer; `citations` are the passages that it cites, `passages` all that the model was given."""
+    """An answer; `citations` are the passages that it cites, `passages` all that were found for it and fit into the prompt.
+
+    Attributes:
+        abstained: the documents do not hold the answer.
+        abstained_by: what said so: the model, or before it retrieval, whose sign was below the threshold of the index.
+        sign: how much speaks for an answer in the passages, 0..1.
+        held_back: passages that seem to give the model instructions.
+        left_out: passages that did not fit into the prompt.
+    """
 
     answer: str
     abstained: bool
+    abstained_by: Literal["model", "retrieval"] | None
+    sign: float
     sentences: list[Sentence]
     citations: list[Passage]
     invalid_citations: list[int]
     passages: list[Passage]
-    held_back: list[HeldBack]
+    held_back: list[LeftOut]
+    left_out: list[LeftOut]
     model: str
     timings: Timings
     usage: dict[str, int]
@@ -139,11 +152,13 @@ async def _steps(query: Query, service: Service) -> AsyncIterator[Step]:
     service.upstream.check_up()
     found = await service.knowledge.retrieve(query.question, k, query.where)
     _count_retrieval(found)
-    passages = _passages(found.hits)
+    packed = await fitting(query.question, found.hits, service.upstream, _room(service, length))
+    hits = packed.hits if found.answerable else ()
+    passages = _passages(packed.hits)
     yield "passages", {"passages": passages}
-    meter, reader = Meter(model), AnswerReader(service.knowledge, found)
-    if found.hits:
-        body = {"model": model, "messages": messages(query.question, found.hits), "temperature": 0, "max_tokens": length}
+    meter, reader = Meter(model), AnswerReader(service.knowledge, replace(found, hits=packed.hits))
+    if hits:
+        body = {"model": model, "messages": packed.messages, "temperature": 0, "max_tokens": length}
         async with aclosing(service.upstream.stream(body, meter)) as chunks:  # type: ignore[type-var]
             async for chunk in chunks:
                 if piece := text_of(chunk):
@@ -152,14 +167,23 @@ async def _steps(query: Query, service: Service) -> AsyncIterator[Step]:
     timings = _timings(began, found, meter)
     for step in await reader.end():
         yield step
-    reply = parse(reader.text if found.hits else ABSTENTION, len(passages))
+    reply = parse(reader.text if hits else ABSTENTION, len(passages))
     _count_citations(reply)
     answer = {
-        "answer": reply.text, "abstained": reply.abstained, "sentences": reader.sentences,
+        "answer": reply.text, "abstained": reply.abstained,
+        "abstained_by": ("model" if hits else "retrieval") if reply.abstained else None, "sign": found.sign,
+        "sentences": reader.sentences,
         "citations": [passages[number - 1] for number in reply.cited], "invalid_citations": list(reply.invalid),
-        "passages": passages, "held_back": _held_back(found), "model": model, "timings": timings, "usage": meter.usage,
+        "passages": passages, "held_back": [_left_out(hit, reason) for hit, reason in found.held_back],
+        "left_out": [_left_out(hit, "no room in the prompt") for hit in packed.left_out],
+        "model": model, "timings": timings, "usage": meter.usage,
     }  # fmt: skip
     yield "answer", answer
+
+
+def _room(service: Service, length: int) -> int:
+    """Return the tokens that a prompt may take: what the configuration says, or what the context leaves beside the reply."""
+    return min(service.knowledge.config.context_max_tokens, service.config.context_tokens - length)
 
 
 def _passages(hits: Sequence[Hit]) -> list[dict[str, Any]]:
@@ -170,9 +194,8 @@ def _passages(hits: Sequence[Hit]) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def _held_back(found: Retrieved) -> list[dict[str, str]]:
-    return [{"source": hit.source, "title": hit.title, "chunk_id": hit.chunk_id, "reason": reason}
-            for hit, reason in found.held_back]  # fmt: skip
+def _left_out(hit: Hit, reason: str) -> dict[str, str]:
+    return {"source": hit.source, "title": hit.title, "chunk_id": hit.chunk_id, "reason": reason}
 
 
 def _timings(began: float, found: Retrieved, meter: Meter) -> dict[str, float | None]:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from fastapi import Request
 
 from monitoring.metrics import GENERATED_TOKENS, GENERATION_DURATION, GENERATION_REQUESTS, GENERATION_TTFT, PROMPT_TOKENS
-from serving.engines.contract import Engine, Launch
+from serving.engines.contract import Chat, Engine, Launch
 from serving.problems import BadRequest, EngineDown, EngineSilent, from_engine
 from serving.supervisor import Supervisor
 
@@ -129,6 +129,23 @@ class Upstream:
                     meter.see(event)
                     yield event | {"model": body["model"]}
             raise self._lost("before the end of its reply")
+
+    async def token_count(self, chat: Chat) -> int:
+        """Return the length of a chat as the engine reads it, in tokens, up to where the reply begins."""
+        import httpx
+        from starlette.concurrency import run_in_threadpool
+
+        def count() -> int:
+            with httpx.Client(timeout=self.silence_seconds, trust_env=False) as client:
+                return len(self.engine.render(client, self.launch, chat))
+
+        self.check_up()
+        try:
+            return await run_in_threadpool(count)
+        except httpx.HTTPStatusError as error:
+            raise self._refusal(error.response.status_code, _error_object(error.response.content)) from None
+        except httpx.HTTPError as error:
+            raise self._lost(f"({type(error).__name__})") from None
 
     @asynccontextmanager
     async def _sent(self, body: Mapping[str, Any]) -> AsyncIterator[httpx.Response]:

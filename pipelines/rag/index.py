@@ -67,6 +67,13 @@ class RagConfig(Config):
     screen: bool = Field(description="keep passages that speak to the model out of prompts (pipelines.rag.screen)")
     web_hosts: list[str] = Field(description="that llmlab index fetch may ask")
     dense_weight: float = Field(ge=0, le=1, description="of the vectors in the ranking; the rest is that of the words")
+    reranker: str = Field(description="none, or an entry of configs/rerankers, which orders the best candidates again")
+    rerank_candidates: int = Field(ge=2, le=200, description="that the reranker reads, or diversity chooses from")
+    rerank_weight: float = Field(ge=0, le=1, description="of the reranker; the rest is that of the ranking before it")
+    diversity: float = Field(ge=0, lt=1, description="how much the passages for a question shall differ from each other")
+    neighbours: int = Field(ge=0, le=5, description="chunks before and behind a passage that the model is shown with it")
+    split_questions: bool = Field(description="search the parts of a question that asks several things as well")
+    context_max_tokens: int = Field(ge=64, description="of the answering model, for a whole prompt with passages")
 
 
 @dataclass(frozen=True)

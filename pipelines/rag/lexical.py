@@ -65,9 +65,49 @@ class Lexical:
             return np.zeros(self._bm25.scores["num_docs"], dtype=np.float32)
         return cast("np.ndarray", self._bm25.get_scores_from_ids(columns))
 
+    def rarity(self, words: Sequence[str]) -> np.ndarray:
+        """Return how much each word tells about a passage: ln(1 + (n - d + 0.5) / (d + 0.5)) for a word in d of n passages.
+
+        Args:
+            words: of a question, as they are written; one that no passage has is the rarest, and what is no word tells nothing.
+
+        Returns:
+            float32 [words].
+        """
+        stems = words_of(words, self._language)
+        return np.array([self._rarity_of(found).max(initial=0.0) for found in stems], dtype=np.float32)
+
+    def shares(self, question: str, rows: Sequence[int]) -> np.ndarray:
+        """Return how much of a question each passage says: the rarity of the words that it has over that of all, 0..1.
+
+        Args:
+            question: whose words are counted once each.
+            rows: the passages.
+
+        Returns:
+            float32 [rows]; 0 for a question without words.
+        """
+        (found,) = words_of([question], self._language)
+        words = list(dict.fromkeys(found))
+        rarity = self._rarity_of(words)
+        total = float(rarity.sum())
+        said = np.zeros(len(rows), dtype=np.float32)
+        for word, tells in zip(words, rarity, strict=True):
+            if word in self._columns:
+                column = self._columns[word]
+                holders = self._arrays["indices"][self._arrays["indptr"][column] : self._arrays["indptr"][column + 1]]
+                said += tells * np.isin(rows, holders)
+        return said / total if total > 0 else said
+
     def serialised(self) -> bytes:
         """Return it as the content of a safetensors file."""
         return cast("bytes", save(self._arrays, {_VOCABULARY: json.dumps(self._vocabulary), "stemmer": self._language}))
+
+    def _rarity_of(self, stems: Sequence[str]) -> np.ndarray:
+        count, starts = self._bm25.scores["num_docs"], self._arrays["indptr"]
+        columns = [self._columns.get(stem) for stem in stems]
+        holders = np.array([0 if c is None else starts[c + 1] - starts[c] for c in columns], dtype=np.float32)
+        return cast("np.ndarray", np.log1p((count - holders + 0.5) / (holders + 0.5)))
 
 
 def read(content: bytes) -> Lexical:

@@ -6,6 +6,7 @@ their kind and added up with a weight (Bruch et al. 2022, arXiv 2210.11934).
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -21,6 +22,16 @@ class Ranked:
     rows: np.ndarray
     scores: np.ndarray
     cosines: np.ndarray | None
+
+    def __iter__(self) -> Iterator[tuple[int, float, float | None]]:
+        """Yield row, score and cosine, the best first."""
+        cosines = [None] * len(self.rows) if self.cosines is None else self.cosines.tolist()
+        yield from zip(self.rows.tolist(), self.scores.tolist(), cosines, strict=True)
+
+    def sorted_by(self, scores: np.ndarray) -> Ranked:
+        """Return the same chunks in the order of other scores, which become theirs."""
+        order = np.argsort(-scores, kind="stable")
+        return Ranked(self.rows[order], scores[order], None if self.cosines is None else self.cosines[order])
 
 
 def rank(
@@ -54,6 +65,39 @@ def rank(
     scores = config.dense_weight * _in_proportion(cosines) + (1 - config.dense_weight) * _in_proportion(words[rows])
     best = np.argsort(-scores, kind="stable")[:k]
     return Ranked(rows[best], scores[best], cosines[best])
+
+
+def joined(rankings: Sequence[Ranked]) -> Ranked:
+    """Return every chunk of several rankings with its best score and its best cosine."""
+    rows = np.unique(np.concatenate([ranked.rows for ranked in rankings]))
+    scores, cosines = np.full(len(rows), -np.inf), np.full(len(rows), -1.0)
+    for ranked in rankings:
+        places = np.searchsorted(rows, ranked.rows)
+        scores[places] = np.maximum(scores[places], ranked.scores)
+        if ranked.cosines is not None:
+            cosines[places] = np.maximum(cosines[places], ranked.cosines)
+    return Ranked(rows, scores, None if rankings[0].cosines is None else cosines).sorted_by(scores)
+
+
+def diversified(scores: Sequence[float], vectors: np.ndarray, k: int, diversity: float) -> list[int]:
+    """Return places of `k` candidates, each chosen for its score and against its likeness to those before it.
+
+    Maximal marginal relevance (Carbonell & Goldstein 1998): (1 - diversity) * score - diversity * largest cosine to a chosen one.
+
+    Args:
+        scores: of the candidates, the best first, 0..1.
+        vectors: of length 1, [candidates, dimension].
+        k: at least 1; fewer if there are fewer.
+        diversity: 0 keeps the order, 1 looks at likeness only.
+    """
+    chosen: list[int] = []
+    left, likeness = list(range(len(scores))), np.zeros(len(scores))
+    while left and len(chosen) < k:
+        best = max(left, key=lambda place: (1 - diversity) * scores[place] - diversity * likeness[place])
+        left.remove(best)
+        chosen.append(best)
+        likeness = np.maximum(likeness, vectors @ vectors[best])
+    return chosen
 
 
 def _in_proportion(scores: np.ndarray) -> np.ndarray:

@@ -7,16 +7,24 @@ Used by: make ask Q="Which open models allow commercial use?"
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from pipelines.errors import DataError
+from pipelines.rag.abstention import LOOKED_AT, kept, sign
+from pipelines.rag.context import widened
 from pipelines.rag.embed import Embedder
-from pipelines.rag.index import MAX_K, Hit, Index, RagConfig
+from pipelines.rag.index import MAX_K, Hit, Index, RagConfig, open_index
+from pipelines.rag.parts import parts
 from pipelines.rag.screen import reason_to_hold_back
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from pipelines.rag.ranking import Ranked
+    from pipelines.rag.rerank import Reranker
 
 
 @dataclass(frozen=True)
@@ -26,11 +34,15 @@ class Retrieved:
     Attributes:
         hits: best first.
         held_back: passages that would have been hits, and why they are not (pipelines.rag.screen).
+        sign: how much speaks for an answer in them (pipelines.rag.abstention), 0..1.
+        answerable: False if the sign is below the threshold of the index.
         retriever: that found it; another generation may serve by now.
     """
 
     hits: tuple[Hit, ...]
     held_back: tuple[tuple[Hit, str], ...]
+    sign: float
+    answerable: bool
     embed_seconds: float
     search_seconds: float
     retriever: Retriever
@@ -43,15 +55,19 @@ class Retriever:
     Attributes:
         index: what is searched.
         embedder: makes the vector of a question.
-        config: how vectors and words are weighed.
+        config: how vectors and words are weighed, and what is done with the best candidates.
+        reranker: puts them in a better order; None leaves them as they are.
+        threshold: of the sign below which a question has no answer here; None takes every question.
     """
 
     index: Index
     embedder: Embedder
     config: RagConfig
+    reranker: Reranker | None = None
+    threshold: float | None = None
 
     def retrieve(self, question: str, k: int, where: str | None = None) -> Retrieved:
-        """Return the `k` best passages, or all if the index has fewer.
+        """Return the `k` best passages, or all if the index has fewer; widened ones that overlap become fewer.
 
         Args:
             question: what is asked.
@@ -67,27 +83,71 @@ class Retriever:
         self._check(question, k)
         allowed = None if where is None else self.index.rows_where(where)
         started = time.perf_counter()
-        vector = self.embedder.embed([question])[0] if self.config.dense_weight else None
+        texts = [question, *(parts(question) if self.config.split_questions else ())]
+        vectors = self.embedder.embed(texts) if self.config.dense_weight else [None] * len(texts)
         embedded = time.perf_counter()
-        wanted = k
+        depth = max(k, LOOKED_AT, self.config.rerank_candidates if self.reranker or self.config.diversity else 0)
         while True:
-            hits, held_back = self._screened(rank(self.index, self.config, question, vector, wanted, allowed, where))
-            if len(hits) >= k or wanted >= len(self.index if allowed is None else allowed):
+            rankings = [rank(self.index, self.config, text, vector, depth, allowed, where)
+                        for text, vector in zip(texts, vectors, strict=True)]  # fmt: skip
+            hits, held_back = self._chosen(self._in_order(texts, rankings), k)
+            if len(hits) >= k or depth >= len(self.index if allowed is None else allowed):
                 break
-            wanted = k + len(held_back)
-        return Retrieved(tuple(hits[:k]), tuple(held_back), embedded - started, time.perf_counter() - embedded, self)
+            depth *= 2
+        told = sign(self.index, question, rankings[0])
+        if self.config.neighbours:
+            hits = widened(hits, self.index, self.config.neighbours, partial(self._may_be_shown, allowed))
+        return Retrieved(tuple(hits), tuple(held_back), told, self.threshold is None or told >= self.threshold,
+                         embedded - started, time.perf_counter() - embedded, self)  # fmt: skip
 
-    def _screened(self, ranked: Ranked) -> tuple[list[Hit], list[tuple[Hit, str]]]:
-        cosines = [None] * len(ranked.rows) if ranked.cosines is None else ranked.cosines.tolist()
+    def sign(self, question: str, allowed: np.ndarray | None = None) -> float:
+        """Return how much speaks for an answer, 0..1, among all chunks or those of some rows (sorted)."""
+        from pipelines.rag.ranking import rank
+
+        vector = self.embedder.embed([question])[0] if self.config.dense_weight else None
+        return sign(self.index, question, rank(self.index, self.config, question, vector, LOOKED_AT, allowed))
+
+    def _in_order(self, texts: Sequence[str], rankings: Sequence[Ranked]) -> Ranked:
+        """Return one ranking for a question and its parts, after the reranker has seen each."""
+        from pipelines.rag.ranking import joined
+
+        if self.reranker:
+            rankings = [self._reranked(self.reranker, text, ranked) for text, ranked in zip(texts, rankings, strict=True)]
+        return rankings[0] if len(rankings) == 1 else joined(rankings)
+
+    def _reranked(self, reranker: Reranker, text: str, ranked: Ranked) -> Ranked:
+        from pipelines.rag.rerank import blended
+
+        passages = [self.index.chunks[row].passage for row in ranked.rows.tolist()]
+        told = reranker.scores(text, passages, self.index.words)
+        return ranked.sorted_by(blended(ranked.scores, told, self.config.rerank_weight))
+
+    def _chosen(self, ranked: Ranked, k: int) -> tuple[list[Hit], list[tuple[Hit, str]]]:
+        """Return the hits, and what stands before the last of them and is held back."""
+        from pipelines.rag.ranking import diversified
+
         hits, held_back = [], []
-        for row, score, cosine in zip(ranked.rows.tolist(), ranked.scores.tolist(), cosines, strict=True):
+        for row, score, cosine in ranked:
             hit = self.index.hit(row, score, cosine)
-            reason = reason_to_hold_back(f"{hit.title} {hit.text}") if self.config.screen else None
+            reason = self._reason(hit.title, hit.text)
             if reason:
                 held_back.append((hit, reason))
             else:
                 hits.append(hit)
+            if len(hits) == k and not self.config.diversity:
+                break
+        if self.config.diversity:
+            rows = [hit.row for hit in hits]
+            hits = [hits[place] for place in diversified([hit.score for hit in hits], self.index.vectors.rows[rows], k,
+                                                         self.config.diversity)]  # fmt: skip
         return hits, held_back
+
+    def _may_be_shown(self, allowed: np.ndarray | None, row: int) -> bool:
+        chunk = self.index.chunks[row]
+        return (allowed is None or row in allowed) and self._reason(chunk.title, chunk.text) is None
+
+    def _reason(self, title: str, text: str) -> str | None:
+        return reason_to_hold_back(f"{title} {text}") if self.config.screen else None
 
     def _check(self, question: str, k: int) -> None:
         if not 1 <= k <= MAX_K:
@@ -100,3 +160,24 @@ class Retriever:
         if tokens > self.embedder.max_tokens:
             limit = f"at most {self.embedder.max_tokens}, since the embedder reads no more"
             raise DataError(f"the question has {tokens} tokens", limit)
+
+
+def open_retriever(name: str, embedder: Embedder, config: RagConfig, reranker: Reranker | None = None) -> Retriever:
+    """Open an index with what its configuration asks for.
+
+    Args:
+        name: of the index.
+        embedder: that it was made with.
+        config: how it is searched.
+        reranker: one that is loaded already; None loads what the configuration names.
+
+    Raises:
+        UnknownName: there is no such index or reranker.
+        WeightsMissing: those of the reranker are not on this machine.
+        LabError: as pipelines.rag.index.open_index.
+    """
+    from pipelines.rag.rerank import load_reranker
+
+    index = open_index(name, embedder, config.store)
+    threshold = kept(name, embedder.fingerprint)
+    return Retriever(index, embedder, config, reranker or load_reranker(config.reranker), threshold.value if threshold else None)

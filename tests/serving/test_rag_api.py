@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import httpx
 import pytest
 
 from pipelines.rag.answer import ABSTENTION
+from serving.launch import Running
 from tests.serving.conftest import MODEL, PAGES, TUNED, metric, server_sent_events
 
 QUESTION = "Who made Vela?"
@@ -46,6 +48,36 @@ def test_an_expression_says_which_passages_are_searched(http: httpx.Client) -> N
     refused = ask(http, where="sourse = 'x'")
     assert refused.status_code == 422
     assert "'sourse' at character 1" in refused.json()["error"]["message"] and "source" in refused.json()["error"]["expected"]
+
+
+def test_what_does_not_fit_into_the_prompt_is_left_out_and_told(
+    http: httpx.Client, lab: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = ask(http, model=MODEL, k=3, max_tokens=1).json()
+    assert whole["left_out"] == [] and len(whole["passages"]) == 3
+    tokens = whole["usage"]["prompt_tokens"]
+    narrow = lab.service.knowledge.config.model_copy(update={"context_max_tokens": tokens - 1})
+    monkeypatch.setattr(lab.service.knowledge, "config", narrow)
+    answer = ask(http, model=MODEL, k=3, max_tokens=1).json()
+    assert answer["usage"]["prompt_tokens"] < tokens and len(answer["passages"]) == 2
+    assert answer["passages"] == whole["passages"][:2]
+    assert [(p["chunk_id"], p["reason"]) for p in answer["left_out"]] == [
+        (whole["passages"][2]["chunk_id"], "no room in the prompt")]  # fmt: skip
+    monkeypatch.setattr(lab.service.knowledge, "config", narrow.model_copy(update={"context_max_tokens": 64}))
+    assert len(ask(http, model=MODEL, k=3, max_tokens=1).json()["passages"]) == 1
+
+
+def test_below_the_threshold_the_model_is_not_asked(http: httpx.Client, lab: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    answer = ask(http, k=2).json()
+    assert 0.5 < answer["sign"] <= 1 and answer["abstained_by"] in (None, "model")
+    knowledge = lab.service.knowledge
+    monkeypatch.setattr(knowledge, "retriever", replace(knowledge.require(), threshold=answer["sign"] - 0.05))
+    assert ask(http, k=2).json()["abstained_by"] in (None, "model")
+    refused = ask(http, k=2, question="How do whales sleep?").json()
+    assert refused["answer"] == ABSTENTION and refused["abstained"] and refused["abstained_by"] == "retrieval"
+    assert refused["usage"] == {} and refused["citations"] == [] and len(refused["passages"]) == 2
+    events = server_sent_events(ask(http, k=2, question="How do whales sleep?", stream=True))
+    assert [kind for kind, _ in events] == ["passages", "answer"]
 
 
 def test_each_sentence_says_what_it_cites_and_whether_that_holds_it(http: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,9 +203,9 @@ def test_an_unknown_model(http: httpx.Client) -> None:
 
 
 def test_a_prompt_that_does_not_fit(http: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
-    from serving import rag_api
+    from serving import packing
 
-    monkeypatch.setattr(rag_api, "messages", lambda *_: [{"role": "user", "content": "word " * 2000}])
+    monkeypatch.setattr(packing, "messages", lambda *_: [{"role": "user", "content": "word " * 2000}])
     response = ask(http)
     assert response.status_code == 422 and "the context holds 1024" in response.json()["error"]["message"]
     kind, content = server_sent_events(ask(http, stream=True))[-1]
@@ -188,7 +220,7 @@ def test_a_defect_of_ours_gets_an_id_and_no_traceback(
     def broken(*_: object) -> None:
         raise ZeroDivisionError("secret detail")
 
-    monkeypatch.setattr(rag_api, "messages", broken)
+    monkeypatch.setattr(rag_api, "Meter", broken)
     response = ask(http)
     assert response.status_code == 500 and "secret" not in response.text
     number = response.json()["error"]["message"].split()[-1]

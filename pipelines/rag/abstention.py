@@ -1,0 +1,174 @@
+"""When to say that the documents hold no answer, before a model is asked: a threshold learned for each index.
+
+The sign is the mean of two: the largest cosine of question and passage, and the largest share of the question's words, weighed
+by their rarity, that one of the first passages has. Below the threshold the question is not answered.
+
+It is learned from questions whose answers are known to be there. Each is asked twice, once of all documents and once without
+the document that answers it, as the hardest question that has no answer: its subject is there and its answer is not. The
+threshold is what at most a stated share of the answerable questions stay below; how many of the others it catches is told.
+It lies beside the generations of its index, so a sync keeps it, and holds for one embedder only.
+Run: llmlab index calibrate knowledge --questions questions.jsonl
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from pipelines.errors import DataError
+from pipelines.rag import generation
+from pipelines.runs import disk_trouble_is_explained, write_text
+
+if TYPE_CHECKING:
+    from pipelines.rag.index import Index
+    from pipelines.rag.ranking import Ranked
+    from pipelines.rag.retrieve import Retriever
+
+FILE, FORMAT = "abstention.json", 1
+LOOKED_AT = 3  # passages
+FEWEST = 20  # questions of each kind
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A question to learn from.
+
+    Attributes:
+        text: the question.
+        source: the document that answers it; None if no document does.
+    """
+
+    text: str
+    source: str | None
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """What was learned.
+
+    Attributes:
+        value: a question whose sign is below is not answered.
+        refused: share of the answerable questions that are below.
+        caught: share of the questions without an answer that are below.
+        answerable: how many questions had an answer.
+        unanswerable: how many had none.
+        auc: of the sign: how often it is larger for an answerable question than for another.
+        fingerprint: of the embedder.
+    """
+
+    value: float
+    refused: float
+    caught: float
+    answerable: int
+    unanswerable: int
+    auc: float
+    fingerprint: str
+
+
+def sign(index: Index, question: str, ranked: Ranked) -> float:
+    """Return how much speaks for an answer in the passages of a ranking, 0..1."""
+    rows = ranked.rows[:LOOKED_AT]
+    if not len(rows):
+        return 0.0
+    said = float(index.words.shares(question, rows.tolist()).max())
+    if ranked.cosines is None:
+        return said
+    return (max(0.0, float(ranked.cosines[:LOOKED_AT].max())) + said) / 2
+
+
+def learn(retriever: Retriever, asked: Sequence[Asked], at_most: float, report: Callable[[int, int], None]) -> Threshold:
+    """Return the threshold below which at most a share of the answerable questions stay.
+
+    Args:
+        retriever: of the index.
+        asked: questions; those with a source are asked without it as well.
+        at_most: the share, 0..1.
+        report: is told (questions done, questions in all).
+
+    Raises:
+        DataError: a source is not in the index, or there are fewer than `FEWEST` questions with or without an answer.
+    """
+    _check(retriever.index, asked)
+    sources = np.array([chunk.source for chunk in retriever.index.chunks])
+    with_answer, without = [], []
+    for done, one in enumerate(asked):
+        report(done, len(asked))
+        (without if one.source is None else with_answer).append(retriever.sign(one.text))
+        if one.source is not None:
+            without.append(retriever.sign(one.text, np.flatnonzero(sources != one.source)))
+    report(len(asked), len(asked))
+    there, absent = np.sort(with_answer), np.array(without)
+    value = float(there[int(at_most * len(there))])
+    larger = (there[:, None] > absent[None]).mean() + (there[:, None] == absent[None]).mean() / 2
+    return Threshold(value, float((there < value).mean()), float((absent < value).mean()), len(there), len(absent),
+                     float(larger), retriever.embedder.fingerprint)  # fmt: skip
+
+
+def save(name: str, threshold: Threshold) -> Path:
+    """Keep a threshold with its index; return where."""
+    path = generation.folder_of(name) / FILE
+    with disk_trouble_is_explained(path):
+        write_text(path, json.dumps({"format": FORMAT, **asdict(threshold)}, indent=2) + "\n")
+    return path
+
+
+def kept(name: str, fingerprint: str) -> Threshold | None:
+    """Return the threshold of an index; None if there is none for this embedder."""
+    path = generation.folder_of(name) / FILE
+    try:
+        held = json.loads(path.read_text(encoding="utf-8"))
+        found = Threshold(**{key: value for key, value in held.items() if key != "format"})
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError, AttributeError):
+        raise DataError(f"{path} cannot be read", "what llmlab index calibrate wrote",
+                        f"llmlab index calibrate {name}, or delete the file") from None  # fmt: skip
+    return found if (held["format"], found.fingerprint) == (FORMAT, fingerprint) else None
+
+
+def learned_at(name: str) -> int | None:
+    """Return when the threshold of an index was written, in nanoseconds; None if there is none."""
+    try:
+        return (generation.folder_of(name) / FILE).stat().st_mtime_ns
+    except OSError:
+        return None
+
+
+def read_questions(path: Path) -> list[Asked]:
+    """Read JSON lines `{"question": ..., "source": ...}`; no source, or null, says that no document holds the answer.
+
+    Raises:
+        DataError: the file cannot be read, or a line is something else; says which.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read ({type(error).__name__})", "a file of JSON lines") from None
+    return [_question(path, number, line) for number, line in enumerate(lines, 1) if line.strip()]
+
+
+def _question(path: Path, number: int, line: str) -> Asked:
+    expected = """a line such as {"question": "Who made Phi-2?", "source": "phi-2.md"}"""
+    try:
+        row = json.loads(line)
+        found = Asked(row["question"], row.get("source"))
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        raise DataError(f"line {number} of {path} is {line[:80]!r}", expected) from None
+    if not isinstance(found.text, str) or not found.text.strip() or not isinstance(found.source, str | None):
+        raise DataError(f"line {number} of {path} is {line[:80]!r}", expected)
+    return found
+
+
+def _check(index: Index, asked: Sequence[Asked]) -> None:
+    sources = {chunk.source for chunk in index.chunks}
+    strange = next((one.source for one in asked if one.source is not None and one.source not in sources), None)
+    if strange is not None:
+        raise DataError(f"no chunk is of the document {strange!r}", "a source as llmlab index diff shows it")
+    there = sum(one.source is not None for one in asked)
+    if there < FEWEST:
+        raise DataError(f"{there} questions have a source", f"at least {FEWEST}, or the threshold says little")
