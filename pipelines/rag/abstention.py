@@ -95,7 +95,8 @@ def learn(retriever: Retriever, asked: Sequence[Asked], at_most: float, report: 
     """
     _check(retriever.index, asked)
     sources = np.array([chunk.source for chunk in retriever.index.chunks])
-    with_answer, without = [], []
+    with_answer: list[float] = []
+    without: list[float] = []
     for done, one in enumerate(asked):
         report(done, len(asked))
         (without if one.source is None else with_answer).append(retriever.sign(one.text))

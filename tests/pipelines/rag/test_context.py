@@ -75,7 +75,7 @@ def test_diversity_is_maximal_marginal_relevance() -> None:
 def test_a_passage_twice_said_comes_later(tmp_path: Path, config: RagConfig, minilm: Embedder) -> None:
     said = "Falcon 40B is licensed under Apache 2.0 by TII."
     docs = write_pages(tmp_path / "docs", {f"copy{n}.txt": f"{said} ({n})" for n in range(4)} | {
-        "other.txt": "Companies may use and sell Falcon 40B, says the maker.", "far.txt": "Grafana draws dashboards."})  # fmt: skip
+        "other.txt": "Companies may use and sell Falcon 40B, it says.", "far.txt": "Grafana draws dashboards."})  # fmt: skip
     sync(docs, "lab", config, minilm)
     question = "How is Falcon 40B licensed?"
     plain = Retriever(open_index("lab", minilm), minilm, config)
