@@ -106,12 +106,22 @@ def plan(name: ModelName, recipe: Annotated[str | None, typer.Argument()] = None
 
 
 @app.command()
-def pull(name: ModelName) -> None:
-    """Fetch the weights of a model at its pinned revision; a second start resumes."""
+def pull(
+    name: Annotated[str, typer.Argument(help="A name from `llmlab models` or `llmlab index embedders`.")],
+) -> None:
+    """Fetch the weights of a model or an embedder at their pinned revision; a second start resumes."""
     from labs.screen import say
     from pipelines import catalogue, weights
+    from pipelines.config import names, unknown
+    from pipelines.rag import embedders
 
-    say(f"{name} is in {weights.obtain(catalogue.runnable(name), pull=True, say=say)}")
+    if name in names("embedders"):
+        folder = embedders.obtain(name, pull=True, say=say)
+    elif name in names("models"):
+        folder = weights.obtain(catalogue.runnable(name), pull=True, say=say)
+    else:
+        raise unknown("model or embedder", name, [*names("models"), *names("embedders")])
+    say(f"{name} is in {folder}")
 
 
 @app.command()

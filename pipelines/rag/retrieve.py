@@ -67,7 +67,7 @@ class Retriever:
         self._check(question, k)
         allowed = None if where is None else self.index.rows_where(where)
         started = time.perf_counter()
-        vector = self.embedder.embed([question])[0] if self.config.dense_weight else None
+        vector = self.embedder.embed_questions([question])[0] if self.config.dense_weight else None
         embedded = time.perf_counter()
         wanted = k
         while True:
@@ -96,7 +96,7 @@ class Retriever:
             raise DataError("the question is empty", "a question")
         if any("\ud800" <= character <= "\udfff" for character in question):
             raise DataError("the question is not valid Unicode", "text that can be written as UTF-8")
-        tokens = self.embedder.token_count(question)
+        tokens = self.embedder.token_count(question, question=True)
         if tokens > self.embedder.max_tokens:
             limit = f"at most {self.embedder.max_tokens}, since the embedder reads no more"
             raise DataError(f"the question has {tokens} tokens", limit)

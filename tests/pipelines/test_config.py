@@ -8,6 +8,7 @@ import pytest
 from pipelines import catalogue
 from pipelines.config import CONFIGS, load, named, names
 from pipelines.errors import ConfigError, UnknownName
+from pipelines.rag.embedders import EmbedderConfig
 from pipelines.rag.index import RagConfig
 from pipelines.tune.data import ReaderConfig, load_reader
 from pipelines.tune.proof import General
@@ -20,6 +21,7 @@ KINDS: dict[str, Any] = {
     "proof": General,
     "data": ReaderConfig,
     "rag": RagConfig,
+    "embedders": EmbedderConfig,
     "serve": ServeConfig,
 }
 FILES = sorted(CONFIGS.rglob("*.yaml"))
@@ -33,7 +35,7 @@ def test_every_file_fits_its_schema(path: Path) -> None:
 
 def test_the_count_of_files_is_known() -> None:
     counts = {folder: len(names(folder)) for folder in KINDS}
-    assert counts == {"models": 26, "recipes": 7, "proof": 1, "data": 1, "rag": 1, "serve": 1}
+    assert counts == {"models": 26, "recipes": 7, "proof": 1, "data": 1, "rag": 1, "embedders": 7, "serve": 1}
     assert sum(counts.values()) == len(FILES)
 
 
