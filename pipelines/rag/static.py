@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipelines.errors import ConfigError
-from pipelines.rag.embed import TokenEmbedder, fingerprint_of
+from pipelines.rag.embed import PUBLISHED, TokenEmbedder, fingerprint_of
 from pipelines.rag.embedders import EmbedderConfig
 
 if TYPE_CHECKING:
@@ -46,9 +46,13 @@ class Static(TokenEmbedder):
 def _table(entry: EmbedderConfig, path: Path, tokens: int) -> np.ndarray:
     """Return the table, float32 [tokens or more, dimension]."""
     import numpy as np
+    from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
-    held = list(load_file(path).values())
+    try:
+        held = list(load_file(path).values())
+    except SafetensorError as error:
+        raise ConfigError(f"{path} is not a file of weights ({error})", PUBLISHED) from None
     if len(held) != 1 or held[0].ndim != 2 or held[0].shape[0] < tokens or held[0].shape[1] != entry.dimension:
         shapes = ", ".join(str(list(one.shape)) for one in held) or "nothing"
         raise ConfigError(f"the weights of the embedder {entry.name} hold {shapes}",

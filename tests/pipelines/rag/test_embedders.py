@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel
 
 from pipelines import config as configuration
@@ -139,6 +139,34 @@ def test_an_entry_that_contradicts_the_model_is_refused(
         (folder / file).write_text(json.dumps(content), encoding="utf-8")
     with pytest.raises(ConfigError, match=said):
         load_embedder(add(weights={"folder": str(folder)}, **fields))
+
+
+BROKEN = {
+    "tokenizer.json": "is not a tokenizer",
+    "model.safetensors": "holds no model",
+    "config.json": "is not valid JSON",
+    "modules.json": "is not valid JSON",
+}
+
+
+@pytest.mark.parametrize("file", BROKEN)
+def test_a_broken_file_is_named(add: Add, tiny: Path, tmp_path: Path, file: str) -> None:
+    folder = shutil.copytree(tiny, tmp_path / "model")
+    (folder / file).write_bytes(b"{ broken")
+    with pytest.raises(ConfigError, match=BROKEN[file]):
+        load_embedder(add(weights={"folder": str(folder)}))
+
+
+def test_weights_that_would_be_random_are_refused(add: Add, tiny: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny, tmp_path / "model")
+    kept = load_file(folder / "model.safetensors")
+    save_file({name: one for name, one in kept.items() if not name.startswith("pooler.")}, folder / "model.safetensors")
+    np.testing.assert_array_equal(
+        load_embedder(add(weights={"folder": str(folder)})).embed(TEXTS), load_embedder(add()).embed(TEXTS)
+    )
+    save_file({name: one for name, one in kept.items() if "layer.1." not in name}, folder / "model.safetensors")
+    with pytest.raises(ConfigError, match="lacks 16 weights of its model, encoder.layer.1"):
+        load_embedder(add(weights={"folder": str(folder)}))
 
 
 def test_positions_of_roberta_begin_after_padding(add: Add, tiny: Path, tmp_path: Path) -> None:
@@ -267,6 +295,13 @@ def test_wordllama_says_what_its_library_says(tmp_path: Path) -> None:
     assert embedder.token_count("hello world") == 2
     with pytest.raises(DataError, match="at most 8192 tokens"):
         embedder.embed(["word " * 8192])
+
+
+def test_a_broken_table_is_named(add: Add, tiny: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny, tmp_path / "model")
+    (folder / "model.safetensors").write_bytes(b"broken")
+    with pytest.raises(ConfigError, match="is not a file of weights"):
+        load_embedder(add(kind="static", weights={"folder": str(folder)}))
 
 
 @pytest.mark.parametrize("shapes", [[(30522, 8)], [(30000, 32)], [(30522, 32), (1, 1)], [(32,)], []])
