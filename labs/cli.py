@@ -106,12 +106,24 @@ def plan(name: ModelName, recipe: Annotated[str | None, typer.Argument()] = None
 
 
 @app.command()
-def pull(name: ModelName) -> None:
-    """Fetch the weights of a model at its pinned revision; a second start resumes."""
+def pull(
+    name: Annotated[str, typer.Argument(help="A name from `llmlab models` or `llmlab index embedders`.")],
+) -> None:
+    """Fetch the weights of a model, an embedder or a reranker at their pinned revision; a second start resumes."""
     from labs.screen import say
     from pipelines import catalogue, weights
+    from pipelines.config import names, unknown
+    from pipelines.rag import embedders, places, rerankers
 
-    say(f"{name} is in {weights.obtain(catalogue.runnable(name), pull=True, say=say)}")
+    if name in names("embedders"):
+        folder = embedders.folder_of(embedders.find(name), pull=True, say=say)
+    elif name in names("rerankers"):
+        folder = places.obtain(rerankers.find(name), pull=True, say=say)
+    elif name in names("models"):
+        folder = weights.obtain(catalogue.runnable(name), pull=True, say=say)
+    else:
+        raise unknown("model, embedder or reranker", name, [*names("models"), *names("embedders"), *names("rerankers")])
+    say(f"{name} is in {folder}")
 
 
 @app.command()

@@ -137,6 +137,20 @@ def list_() -> None:
 
 
 @index_app.command()
+def embedders() -> None:
+    """List what can make the vectors of an index, and which of it is on this machine. Example: llmlab index embedders."""
+    from labs.screen import say, table
+    from pipelines.config import names
+    from pipelines.rag import embedders as catalogue
+
+    entries, here = [catalogue.find(name) for name in names("embedders")], catalogue.here()
+    rows = [(e.name, "yes" if e.name in here else "no", str(e.dimension), str(e.max_tokens), ", ".join(e.languages), e.licence,
+             e.note) for e in entries]  # fmt: skip
+    table("Embedders", ["embedder", "here", "dimensions", "most tokens", "languages", "licence", "note"], rows)
+    say('next: make index DOCS=path/to/folder SET="embedder=NAME"; llmlab pull NAME fetches the weights of one that is not here')
+
+
+@index_app.command()
 def copy(
     name: Annotated[str, typer.Argument(help="Name of the index.")] = "knowledge",
     to: Annotated[str | None, typer.Option(help="URL of the store that gets the index.")] = None,

@@ -48,12 +48,17 @@ class Dimensions(Config):
     rope_theta: float = Field(gt=0)
 
 
-class Weights(Config):
-    """Where the weights come from: a hub repository at a pinned revision and, if one ships it, a Python package."""
+class HubFiles(Config):
+    """A hub repository at a pinned revision."""
 
     hub: str = Field(pattern=r"^[\w.-]+/[\w.-]+$")
     revision: str = Field(pattern=r"^[0-9a-f]{40}$")
     download_bytes: int = Field(gt=0)
+
+
+class Weights(HubFiles):
+    """Where the weights come from: a hub repository at a pinned revision and, if one ships it, a Python package."""
+
     package: str | None = None
     package_file: str | None = None
     license_gate: Literal["none", "acceptable-use", "non-commercial", "research-only"]

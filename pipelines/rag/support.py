@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from pipelines.rag.retrieve import Retriever
 
 MOST, SOME = 0.6, 0.4  # shares of the words of a sentence
-NEAR = 0.45  # cosine of sentence and passage where only some of the words are found
+NEAR = 0.45  # cosine of sentence and passage where only some of the words are found; set with MiniLM's vectors
 
 _MARK = re.compile(r"\s*\[(\d+)\]")
 _END = re.compile(r"[.!?](?:\s*\[\d+\])*(?=\s+[A-Z0-9\"'(]|\s*$)")

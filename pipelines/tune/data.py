@@ -142,7 +142,7 @@ class Corpus:
         import numpy as np
 
         allowed = np.array([row for position, row in enumerate(self.rows) if position not in without])
-        found = self.retriever.index.nearest(self.retriever.embedder.embed([question])[0], k, allowed)
+        found = self.retriever.index.nearest(self.retriever.embedder.embed_questions([question])[0], k, allowed)
         return [self._position[row] for row in found.rows.tolist()]
 
 

@@ -120,7 +120,7 @@ class _Library:
 
     def nearest(self, question: str) -> list[Chunk]:
         """Return every chunk, the nearest to the question first."""
-        scores = self._vectors @ self._embedder.embed([question])[0]
+        scores = self._vectors @ self._embedder.embed_questions([question])[0]
         return [self._chunks[int(i)] for i in (-scores).argsort(kind="stable")]
 
 

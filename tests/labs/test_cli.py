@@ -132,6 +132,15 @@ def test_an_empty_corpus_is_refused_and_the_old_index_stays(tmp_path: Path) -> N
     assert len(list((tmp_path / "index" / "knowledge").glob("*/manifest.json"))) == 1
 
 
+def test_embedders_are_listed_and_an_unknown_one_gets_the_nearest() -> None:
+    listed = llmlab("index", "embedders").stdout
+    for name, here in (("wordllama", "yes"), ("minilm-int8", "yes"), ("e5-small", "no")):
+        assert re.search(rf"│ {name} +│ {here} ", listed), name
+    assert "did you mean wordllama?" in refused("index", "diff", "--set", "embedder=wordlama", status=2)
+    assert "did you mean bge-small-en?" in refused("pull", "bge-small", status=2)
+    assert "the hub cannot be reached" in refused("pull", "bge-small-en", status=3, HF_HUB_OFFLINE="1")
+
+
 def test_pages_are_fetched_only_from_hosts_that_were_named_and_are_public(tmp_path: Path) -> None:
     into = ("--into", str(tmp_path / "web"))
     said = refused("index", "fetch", "https://pages.invalid/a", *into, status=1)

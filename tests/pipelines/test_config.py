@@ -8,7 +8,9 @@ import pytest
 from pipelines import catalogue
 from pipelines.config import CONFIGS, load, named, names
 from pipelines.errors import ConfigError, UnknownName
+from pipelines.rag.embedders import EmbedderConfig
 from pipelines.rag.index import RagConfig
+from pipelines.rag.rerankers import RerankerConfig
 from pipelines.tune.data import ReaderConfig, load_reader
 from pipelines.tune.proof import General
 from pipelines.tune.recipe import Recipe, load_recipe
@@ -20,6 +22,8 @@ KINDS: dict[str, Any] = {
     "proof": General,
     "data": ReaderConfig,
     "rag": RagConfig,
+    "embedders": EmbedderConfig,
+    "rerankers": RerankerConfig,
     "serve": ServeConfig,
 }
 FILES = sorted(CONFIGS.rglob("*.yaml"))
@@ -33,7 +37,7 @@ def test_every_file_fits_its_schema(path: Path) -> None:
 
 def test_the_count_of_files_is_known() -> None:
     counts = {folder: len(names(folder)) for folder in KINDS}
-    assert counts == {"models": 26, "recipes": 7, "proof": 1, "data": 1, "rag": 1, "serve": 1}
+    assert counts == {"models": 26, "recipes": 7, "proof": 1, "data": 1, "rag": 1, "embedders": 7, "rerankers": 2, "serve": 1}
     assert sum(counts.values()) == len(FILES)
 
 

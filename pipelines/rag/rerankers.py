@@ -1,0 +1,30 @@
+"""The catalogue of rerankers: one file for each in configs/rerankers; how they score is in pipelines.rag.rerank."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from pipelines.config import load, named
+from pipelines.errors import ConfigError
+from pipelines.rag.places import Entry
+
+
+class RerankerConfig(Entry):
+    """A catalogue entry."""
+
+    kind: Literal["maxsim", "cross-encoder"] = Field(description="token by token, or both texts read as one")
+
+
+def find(name: str) -> RerankerConfig:
+    """Return the entry called `name`.
+
+    Raises:
+        UnknownName: with the valid names and the nearest one.
+        ConfigError: the file does not fit the schema.
+    """
+    entry = load(named("rerankers", name), RerankerConfig)
+    if entry.name != name:
+        raise ConfigError(f"configs/rerankers/{name}.yaml says name: {entry.name}", f"name: {name}")
+    return entry
