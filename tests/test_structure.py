@@ -22,8 +22,8 @@ ALLOWED = {
     "labs": {"pipelines", "serving", "monitoring", "labs"},
 }
 HEAVY = (
-    "torch", "transformers", "peft", "faiss", "matplotlib", "langchain_core", "llama_index", "xllamacpp", "bitsandbytes", "datasets",
-    "qdrant_client", "pymilvus", "psycopg", "weaviate", "pinecone",
+    "torch", "transformers", "peft", "faiss", "matplotlib", "langchain_core", "llama_index", "xllamacpp", "bitsandbytes",
+    "datasets", "qdrant_client", "pymilvus", "psycopg", "weaviate", "pinecone", "ray",
 )  # fmt: skip
 
 

@@ -83,6 +83,13 @@ def load_embedder(name: str, device: str = "cpu", threads: int | None = None) ->
     return MiniLMInt8(packaged_folder(), threads)
 
 
+def load_counter(name: str) -> Callable[[str], int]:
+    """Return `token_count` of an embedder without its model, which takes seconds to load; errors as of `load_embedder`."""
+    if name not in EMBEDDERS:
+        raise unknown("embedder", name, EMBEDDERS)
+    return TokenEmbedder(packaged_folder(), "").token_count
+
+
 class TokenEmbedder:
     """What embedders have in common that read the tokens of all-MiniLM-L6-v2 (Wang et al. 2020, arXiv 2002.10957).
 
