@@ -28,6 +28,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, astuple, replace
 from functools import partial
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -144,11 +145,9 @@ def on_ray(embedder: Embedder, name: str, count: int | None = None) -> Iterator[
         WorkerFailed: Ray does not start, or the cluster does not answer.
     """
     address = os.environ.get("RAY_ADDRESS", "")
+    if find_spec("ray") is None:
+        raise RayMissing("Ray is not installed", "ray[data] in .venv", SETUP)
     _set_environment(local=not address)
-    try:
-        import_module("ray.data")
-    except ImportError:
-        raise RayMissing("Ray is not installed", "ray[data] in .venv", SETUP) from None
     with _quiet(), tempfile.TemporaryDirectory(prefix="llmlab-ray-", dir="/tmp", ignore_cleanup_errors=True) as folder:
         try:
             cpus = _start(folder, address, count)
@@ -205,15 +204,17 @@ def _end(folder: str) -> None:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Keep Ray from showing progress and its deprecation warnings, and from keeping the handler of SIGTERM."""
-    import ray.data
-
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = context.print_on_execution_start = False
-    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     terminated = signal.getsignal(signal.SIGTERM)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"ray\.")
+            import ray.data
+            from ray.util.annotations import RayDeprecationWarning
+
+            warnings.filterwarnings("ignore", category=RayDeprecationWarning)
+            context = ray.data.DataContext.get_current()
+            context.enable_progress_bars = context.print_on_execution_start = False
+            logging.getLogger("ray.data").setLevel(logging.CRITICAL)
             yield
     finally:
         if threading.current_thread() is threading.main_thread():
