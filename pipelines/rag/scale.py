@@ -20,6 +20,7 @@ import logging
 import os
 import secrets
 import signal
+import socket
 import tempfile
 import threading
 import warnings
@@ -48,7 +49,8 @@ SETUP = "make setup-ray"
 FILES_AT_ONCE = 8
 PASSAGES_AT_ONCE = 32  # a multiple of what the embedders take at once, so that their batches stay the same
 OBJECT_STORE_BYTES = 150 * 2**20  # what does not fit is kept on disk
-ENDING_SECONDS = 10
+REACHING_SECONDS, ENDING_SECONDS = 10, 10
+CLUSTER = "a cluster of the same version at RAY_ADDRESS; RAY_AUTH_MODE=token and its token if it asks for one"
 
 _EVERYWHERE = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -173,16 +175,23 @@ def _start(folder: str, address: str, count: int | None) -> int:
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.CRITICAL}
     try:
         if address:
+            _check_reachable(address)
             ray.init(address=address, **quiet)
         else:
             ray.init(address="local", num_cpus=count or probe().cpus, num_gpus=0, include_dashboard=False,
                      object_store_memory=OBJECT_STORE_BYTES, _temp_dir=folder, **quiet)  # fmt: skip
     except (RayError, OSError, RuntimeError, ValueError) as error:
-        how, wanted = (
-            ("reached", "a cluster of the same version at RAY_ADDRESS") if address else ("started", "a Ray on this machine")
-        )
+        how, wanted = ("reached", CLUSTER) if address else ("started", "a Ray on this machine")
         raise WorkerFailed(f"Ray cannot be {how}: {_last_line(error)}", wanted) from error
     return int(ray.cluster_resources().get("CPU", 0))
+
+
+def _check_reachable(address: str) -> None:
+    """Raise `OSError` at once if nothing listens at an address; Ray would try for minutes."""
+    host, _, port = address.rpartition(":")
+    if not host or "/" in host or not port.isdigit():
+        raise ConfigError(f"RAY_ADDRESS is {address!r}", "HOST:PORT of a cluster, or nothing for this machine")
+    socket.create_connection((host, int(port)), timeout=REACHING_SECONDS).close()
 
 
 def _end(folder: str) -> None:

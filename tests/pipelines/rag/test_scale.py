@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -18,13 +21,13 @@ import psutil
 import pytest
 
 from pipelines.config import ROOT
-from pipelines.errors import DataError, FingerprintMismatch, LabError
+from pipelines.errors import ConfigError, DataError, FingerprintMismatch, LabError
 from pipelines.rag import generation, scale, uploads
 from pipelines.rag.embed import Embedder, load_counter, load_embedder
 from pipelines.rag.index import RagConfig, open_index, sync
 from pipelines.rag.load import Skipped, files_below
 from pipelines.rag.scale import RayMissing, RayWorkers, WorkerFailed, on_ray
-from pipelines.rag.workers import Here
+from pipelines.rag.workers import Cut, Here
 
 with_ray = pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed: make setup-ray")
 OTHER_FILES = {
@@ -88,6 +91,18 @@ def test_what_comes_in_another_order_is_the_same(
     assert np.array_equal(here.vectors.rows, there.vectors.rows)
 
 
+def test_only_files_that_changed_are_parsed(
+    docs: Path, config: RagConfig, monkeypatch: pytest.MonkeyPatch, minilm: Embedder
+) -> None:
+    monkeypatch.setattr(RayWorkers, "_each", backwards)
+    workers = RayWorkers(minilm, "minilm", 2)
+    sync(docs, "lab", config, minilm, None, workers)
+    (docs / "falcon.md").write_text("# Falcon 40B\n\nFalcon says more now.\n")
+    found = workers.cut(files_below(docs, open_index("lab", minilm).documents), 48, remember([]))
+    assert [c.source for c in found if isinstance(c, Cut) and c.chunks is not None] == ["falcon.md"]
+    assert len(found) == 4
+
+
 def test_the_counter_counts_as_the_embedder(minilm: Embedder) -> None:
     for text in ("", "A KV cache.", "naïve 東京"):
         assert load_counter("minilm")(text) == minilm.token_count(text)
@@ -132,8 +147,6 @@ def test_two_workers_make_the_index_that_one_process_makes(
         assert [total for step, done, total in seen if step == "embed" and done == total] == [there.change.to_embed]
 
         (many_kinds / "falcon.md").write_text("# Falcon 40B\n\n## Size\nFalcon has 40 billion parameters, and says more now.\n")
-        found = workers.cut(files_below(many_kinds, open_index("there", minilm).documents), 48, remember([]))
-        assert [c.source for c in found if not isinstance(c, Skipped) and c.chunks is not None] == ["falcon.md"]
         seen.clear()
         assert sync(many_kinds, "there", config, minilm, remember(seen), workers).change.to_embed == 1
         assert [(done, total) for step, done, total in seen if step == "embed"] == [(1, 1)]
@@ -145,6 +158,14 @@ def test_two_workers_make_the_index_that_one_process_makes(
         with pytest.raises(DataError) as remote:
             workers.embed(["a " * 400], remember([]))
         assert str(remote.value) == str(local.value)
+
+        without_token = "import os, ray; ray.init(os.environ['AT'], log_to_driver=False)"
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}
+        environment["AT"] = import_module("ray").get_runtime_context().gcs_address
+        refused = subprocess.run(
+            [sys.executable, "-c", without_token], env=environment, capture_output=True, text=True, check=False
+        )
+        assert refused.returncode == 1 and "Failed to connect" in refused.stderr
 
         listening = [
             c.laddr.ip for p in (psutil.Process(), *ray_processes()) for c in p.net_connections() if c.status == "LISTEN"
@@ -182,16 +203,30 @@ def test_ctrl_c_leaves_no_process_and_no_generation(many_kinds: Path) -> None:
     with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True) as program:
         assert program.stderr
         lines = []
-        while not lines or not lines[-1].startswith("embed"):
+        while not lines or not lines[-1].startswith("chunk"):
             lines.append(program.stderr.readline())
             assert lines[-1], lines
         running = psutil.Process(program.pid).children(recursive=True)
         os.killpg(program.pid, signal.SIGINT)
         lines += program.communicate(timeout=60)[1].split("\n")
     assert program.returncode == 130
-    assert [line.split(":")[0].split(";")[0] for line in lines if line.strip()] == ["chunk", "embed", "interrupted"]
+    assert [re.split("[:;]", line)[0] for line in lines if line.strip()] in (["chunk", "interrupted"],
+                                                                             ["chunk", "embed", "interrupted"])  # fmt: skip
     assert len(running) > 4 and not [p for p in running if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
     assert generation.current(generation.folder_of("knowledge")) is None
+
+
+@pytest.mark.parametrize("address", ["auto", "ray://127.0.0.1:10001", "127.0.0.1"])
+def test_an_address_that_is_none_is_refused(address: str) -> None:
+    with pytest.raises(ConfigError, match="RAY_ADDRESS is"):
+        scale._check_reachable(address)
+
+
+def test_a_cluster_that_is_not_there_is_noticed_at_once() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        with pytest.raises(ConnectionRefusedError):
+            scale._check_reachable(f"127.0.0.1:{taken.getsockname()[1]}")
 
 
 def test_the_environment_of_a_cluster_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
