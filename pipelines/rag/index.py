@@ -25,10 +25,11 @@ from pydantic import Field, field_validator
 from pipelines.config import Config, named
 from pipelines.errors import ConfigError, FingerprintMismatch, RunIncomplete, UnknownName
 from pipelines.rag import generation, uploads
-from pipelines.rag.chunk import Chunk, chunk
+from pipelines.rag.chunk import Chunk
 from pipelines.rag.embed import Embedder
 from pipelines.rag.generation import Progress
-from pipelines.rag.load import READERS_VERSION, Document, Skipped
+from pipelines.rag.load import READERS_VERSION, Skipped
+from pipelines.rag.workers import Cut, Here, Workers
 from pipelines.runs import disk_trouble_is_explained
 
 if TYPE_CHECKING:
@@ -198,7 +199,8 @@ class Index:
         return Hit(found.id, found.source, found.title, found.text, score, cosine, found.page, row)
 
 
-def sync(docs: Path | None, name: str, config: RagConfig, embedder: Embedder, on_progress: Progress | None = None) -> SyncReport:
+def sync(docs: Path | None, name: str, config: RagConfig, embedder: Embedder, on_progress: Progress | None = None,
+         workers: Workers | None = None) -> SyncReport:  # fmt: skip
     """Make an index say what a folder of documents and the uploads say (pipelines.rag.uploads); the generation that serves is
     replaced only by a whole one.
 
@@ -208,6 +210,7 @@ def sync(docs: Path | None, name: str, config: RagConfig, embedder: Embedder, on
         config: how to chunk and what to build.
         embedder: makes the vectors.
         on_progress: called with a step ("chunk", "embed", "write ...", "switch"), units done, units in all.
+        workers: who reads, cuts and embeds; this process if not given. The index is the same whoever does.
 
     Raises:
         ConfigError: the name is not valid, or a chunk would be longer than the embedder reads.
@@ -215,14 +218,15 @@ def sync(docs: Path | None, name: str, config: RagConfig, embedder: Embedder, on
         DiskFull: a write ran out of space; the current generation goes on serving.
     """
     started, report = time.perf_counter(), on_progress or (lambda *_: None)
+    workers = workers or Here(embedder)
     folder = generation.folder_of(name)
     _check_limit(config, embedder)
     with disk_trouble_is_explained(folder), generation.only_writer(folder):
         generation.remove_unfinished(folder)
         before = usable(name, embedder)
-        documents, skipped, chunks = _read(docs, name, before, config, embedder, report)
+        documents, skipped, chunks = _read(docs, name, before, config, workers, report)
         change = _change(before, chunks)
-        rows = _vectors_of(chunks, before, embedder, report)
+        rows = _vectors_of(chunks, before, embedder, workers, report)
         made_from = docs.resolve().name if docs else before.manifest["docs"] if before else ""
         facts = {"docs": made_from, "fingerprint": embedder.fingerprint, "dimension": embedder.dimension,
                  "readers": READERS_VERSION, "skipped": [asdict(s) for s in skipped]}  # fmt: skip
@@ -273,7 +277,7 @@ def diff(docs: Path, name: str, config: RagConfig, embedder: Embedder, on_progre
     _check_limit(config, embedder)
     generation.folder_of(name)
     before = usable(name, embedder)
-    return _change(before, _read(docs, name, before, config, embedder, on_progress or (lambda *_: None))[2])
+    return _change(before, _read(docs, name, before, config, Here(embedder), on_progress or (lambda *_: None))[2])
 
 
 def open_index(name: str, embedder: Embedder, store: str = "") -> Index:
@@ -334,19 +338,17 @@ def _check_limit(config: RagConfig, embedder: Embedder) -> None:
 
 
 def _read(
-    docs: Path | None, name: str, before: Index | None, config: RagConfig, embedder: Embedder, report: Progress
-) -> tuple[list[Document], list[Skipped], list[Chunk]]:
+    docs: Path | None, name: str, before: Index | None, config: RagConfig, workers: Workers, report: Progress
+) -> tuple[list[Cut], list[Skipped], list[Chunk]]:
     """Return documents, files that were left out, and chunks; a file that is as it was is neither parsed nor cut again."""
     same = before and (before.manifest["readers"], before.manifest["config"]["chunk_max_tokens"]) == (
         READERS_VERSION, config.chunk_max_tokens)  # fmt: skip
     kept = _by_source(before.chunks) if before and same else {}
     left_out = [Skipped(**s) for s in before.manifest["skipped"]] if before and same else []
-    documents, skipped = uploads.load_with(docs, name, before.documents if before and same else None, left_out)
-    chunks: list[Chunk] = []
-    for done, document in enumerate(documents, 1):
-        cut = chunk(document, config.chunk_max_tokens, embedder.token_count) if document.sections else kept[document.source]
-        chunks += cut
-        report("chunk", done, len(documents))
+    known = before.documents if before and same else None
+    cut = partial(workers.cut, max_tokens=config.chunk_max_tokens, report=report)
+    documents, skipped = uploads.read_with(docs, name, known, left_out, cut)
+    chunks = [c for d in documents for c in (kept[d.source] if d.chunks is None else d.chunks)]
     return documents, skipped, chunks
 
 
@@ -378,13 +380,15 @@ def _by_source(chunks: Sequence[Chunk]) -> dict[str, list[Chunk]]:
     return found
 
 
-def _vectors_of(chunks: Sequence[Chunk], before: Index | None, embedder: Embedder, report: Progress) -> np.ndarray:
+def _vectors_of(
+    chunks: Sequence[Chunk], before: Index | None, embedder: Embedder, workers: Workers, report: Progress
+) -> np.ndarray:
     """Return the vectors of all chunks, float32 [chunks, dimension]; only passages that are new are embedded."""
     import numpy as np
 
     known = {c.content_hash: row for row, c in enumerate(before.chunks)} if before else {}
     new = {c.content_hash: c.passage for c in chunks if c.content_hash not in known}
-    made = embedder.embed(list(new.values()), lambda done, total: report("embed", done, total))
+    made = workers.embed(list(new.values()), report)
     place = {content: row for row, content in enumerate(new)}
     rows = np.empty((len(chunks), embedder.dimension), dtype=np.float32)
     for row, c in enumerate(chunks):

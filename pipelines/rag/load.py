@@ -21,7 +21,8 @@ from pipelines.errors import DataError
 from pipelines.rag.readers import code, image, markup, office, tabular
 from pipelines.rag.readers.section import Read, Reader, Section, Unreadable, storable
 
-__all__ = ["KINDS", "READERS_VERSION", "Document", "Section", "Skipped", "document_files", "load"]
+__all__ = ["KINDS", "READERS_VERSION", "Document", "File", "Section", "Skipped", "document_files", "files_below", "load",
+           "nothing_in", "read"]  # fmt: skip
 
 READERS_VERSION = 2  # raise it when a reader reads something else from the same file
 MAX_BYTES = 200_000_000  # of any file, before it is read
@@ -50,7 +51,7 @@ class Document:
 
     Attributes:
         source: its path relative to the folder, with forward slashes.
-        sections: what it says; none only if it is a file that `load` was told to know.
+        sections: what it says; none only if it is a file that is as it was.
         sha256: of the file.
         kind: of file, one of `KINDS`.
     """
@@ -77,6 +78,25 @@ class Skipped:
     sha256: str = ""
 
 
+@dataclass(frozen=True)
+class File:
+    """A file that may be a document, not opened yet.
+
+    Attributes:
+        root: the folder that it must not lead out of.
+        path: where it is.
+        source: what its document is called.
+        known: its sha256 when it was read before; a file that still has it is not parsed.
+        left_out: why it was left out before; as long as it is the same it is not parsed either.
+    """
+
+    root: Path
+    path: Path
+    source: str
+    known: str | None = None
+    left_out: Skipped | None = None
+
+
 def load(
     root: Path, known: Mapping[str, str] | None = None, left_out: Sequence[Skipped] = ()
 ) -> tuple[list[Document], list[Skipped]]:
@@ -90,19 +110,35 @@ def load(
     Raises:
         DataError: there is no such folder, or no readable document in it.
     """
+    documents, skipped = list[Document](), list[Skipped]()
+    for found in map(read, files_below(root, known, left_out)):
+        if isinstance(found, Document):
+            documents.append(found)
+        else:
+            skipped.append(found)
+    if not documents:
+        raise nothing_in(root, skipped)
+    return documents, skipped
+
+
+def files_below(
+    root: Path, known: Mapping[str, str] | None = None, left_out: Sequence[Skipped] = (), prefix: str = ""
+) -> list[File]:
+    """Return what `load` reads, in its order; arguments and errors as there, with a `prefix` for all sources."""
     if not root.is_dir():
         came = "is a file" if root.is_file() else "does not exist"
         raise DataError(f"{root} {came}", "a folder of documents", "make index DOCS=path/to/folder")
-    documents, skipped, before = [], [], {s.path: s for s in left_out if s.sha256}
-    for path in _files(root):
-        source = path.relative_to(root).as_posix()
-        try:
-            documents.append(_read(root, path, source, (known or {}).get(source), before.get(source)))
-        except Unreadable as error:
-            skipped.append(Skipped(storable(source), str(error), error.sha256))
-    if not documents:
-        raise _empty(root, skipped)
-    return documents, skipped
+    before = {s.path: s for s in left_out if s.sha256}
+    named = [(path, prefix + path.relative_to(root).as_posix()) for path in _files(root)]
+    return [File(root, path, source, (known or {}).get(source), before.get(source)) for path, source in named]
+
+
+def read(file: File) -> Document | Skipped:
+    """Read a file; without sections if it is as it was."""
+    try:
+        return _read(file.root, file.path, file.source, file.known, file.left_out)
+    except Unreadable as error:
+        return Skipped(storable(file.source), str(error), error.sha256)
 
 
 def document_files(root: Path) -> list[Path]:
@@ -112,19 +148,20 @@ def document_files(root: Path) -> list[Path]:
             and Path(os.path.realpath(path)).is_relative_to(inside)]  # fmt: skip
 
 
-def _files(root: Path) -> Iterator[Path]:
-    for path in sorted(root.rglob("*")):
-        hidden = any(part.startswith(".") for part in path.relative_to(root).parts)
-        if not hidden and (path.is_file() or path.is_symlink()):
-            yield path
-
-
-def _empty(root: Path, skipped: Sequence[Skipped]) -> DataError:
+def nothing_in(root: Path, skipped: Sequence[Skipped]) -> DataError:
+    """Return the error for a folder without a readable document."""
     reasons = "".join(f"\n  {s.path}: {s.reason}" for s in skipped[:10])
     more = f"\n  and {len(skipped) - 10} more" if len(skipped) > 10 else ""
     return DataError(f"{root} holds no readable document ({len(skipped)} skipped){reasons}{more}",
                      f"at least one non-empty file of type {', '.join(sorted(_READERS))}",
                      "make index DOCS=path/to/folder")  # fmt: skip
+
+
+def _files(root: Path) -> Iterator[Path]:
+    for path in sorted(root.rglob("*")):
+        hidden = any(part.startswith(".") for part in path.relative_to(root).parts)
+        if not hidden and (path.is_file() or path.is_symlink()):
+            yield path
 
 
 def _read(root: Path, path: Path, source: str, known: str | None, left_out: Skipped | None) -> Document:
@@ -157,7 +194,7 @@ def _content(path: Path) -> bytes:
             raise Unreadable(f"{size} bytes, more than the {MAX_BYTES} that are read of a file")
         content = path.read_bytes()
     except OSError as error:
-        raise Unreadable(f"cannot be read: {type(error).__name__}: {error}") from error
+        raise Unreadable(f"cannot be read: {type(error).__name__}: {error.strerror}") from error
     if not content:
         raise Unreadable("0 bytes")
     return content

@@ -15,14 +15,14 @@ import shutil
 import stat
 import tempfile
 import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 from pipelines.errors import DataError
 from pipelines.rag import generation
-from pipelines.rag.load import Document, Skipped, document_files, load
+from pipelines.rag.load import File, Skipped, document_files, files_below, load, nothing_in
+from pipelines.rag.workers import Cut
 
 PREFIX = "uploaded:"
 MAX_PART_BYTES, MAX_PATH_BYTES, MAX_PARTS = 200, 800, 10
@@ -135,9 +135,13 @@ def remove_unfinished(root: Path) -> None:
         shutil.rmtree(stage, ignore_errors=True)
 
 
-def load_with(
-    docs: Path | None, name: str, known: Mapping[str, str] | None, skipped: Sequence[Skipped] = ()
-) -> tuple[list[Document], list[Skipped]]:
+def read_with(
+    docs: Path | None,
+    name: str,
+    known: Mapping[str, str] | None,
+    skipped: Sequence[Skipped],
+    read_all: Callable[[Sequence[File]], Sequence[Cut | Skipped]],
+) -> tuple[list[Cut], list[Skipped]]:
     """Read the documents of a folder and those that were uploaded.
 
     Args:
@@ -145,39 +149,36 @@ def load_with(
         name: of the index.
         known: sha256 by source of the index as it is; None if its chunks cannot be used again.
         skipped: what was left out when the index was made.
+        read_all: reads files.
 
     Raises:
         NoDocuments: there are none.
         DataError: no document of the folder can be read, or what the index has of one cannot be kept.
     """
-    if docs is None:
-        documents, left_out = _kept(name, known), [s for s in skipped if not s.path.startswith(PREFIX)]
-    else:
-        documents, left_out = load(docs, known, [s for s in skipped if not s.path.startswith(PREFIX)])
     root = folder_of(name)
-    uploaded = files(root)
-    if uploaded:
-        mine = {source.removeprefix(PREFIX): sha for source, sha in (known or {}).items() if source.startswith(PREFIX)}
-        out_before = [replace(s, path=s.path.removeprefix(PREFIX)) for s in skipped if s.path.startswith(PREFIX)]
-        try:
-            more, out = load(root, mine, out_before)
-        except DataError as error:
-            reason = error.came.partition("\n")[2].strip()
-            more, out = [], [Skipped(n, reason) for n in uploaded]
-        documents += [replace(d, source=PREFIX + d.source) for d in more if d.source in uploaded]
-        left_out += [replace(s, path=PREFIX + s.path) for s in out]
+    uploaded = {PREFIX + upload for upload in files(root)}
+    in_folder = files_below(docs, known, skipped) if docs else []
+    found = read_all([*in_folder, *(files_below(root, known, skipped, PREFIX) if uploaded else ())])
+    here, sent = found[: len(in_folder)], found[len(in_folder) :]
+    if docs and not any(isinstance(one, Cut) for one in here):
+        raise nothing_in(docs, [one for one in here if isinstance(one, Skipped)])
+    documents = [] if docs else _kept(name, known)
+    left_out = [] if docs else [s for s in skipped if not s.path.startswith(PREFIX)]
+    documents += [one for one in here if isinstance(one, Cut)]
+    documents += [one for one in sent if isinstance(one, Cut) and one.source in uploaded]
+    left_out += [one for one in found if isinstance(one, Skipped)]
     if not documents:
         raise NoDocuments(f"index {name!r} has no document", "a folder of documents, or an upload", generation.AGAIN)
     return documents, left_out
 
 
-def _kept(name: str, known: Mapping[str, str] | None) -> list[Document]:
+def _kept(name: str, known: Mapping[str, str] | None) -> list[Cut]:
     folder = generation.folder_of(name)
     serving = generation.current(folder)
     if known is None and serving and generation.manifest_of(folder / serving)["docs"]:
         raise DataError(f"index {name!r} has a folder's documents that were cut or embedded in another way",
                         "the settings that it was made with", generation.AGAIN)  # fmt: skip
-    return [Document(source, "", (), sha) for source, sha in (known or {}).items() if not source.startswith(PREFIX)]
+    return [Cut(source, sha) for source, sha in (known or {}).items() if not source.startswith(PREFIX)]
 
 
 def _problem(name: str) -> str | None:

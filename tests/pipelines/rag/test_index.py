@@ -21,7 +21,7 @@ from safetensors.numpy import load_file
 from pipelines.config import ROOT, load, names
 from pipelines.config import named as config_path
 from pipelines.errors import ConfigError, DataError, FingerprintMismatch, RunIncomplete, UnknownName
-from pipelines.rag import index
+from pipelines.rag import index, workers
 from pipelines.rag.chunk import chunk
 from pipelines.rag.embed import Embedder
 from pipelines.rag.generation import FORMAT, index_names
@@ -150,7 +150,7 @@ def test_documents_are_cut_again_when_what_cuts_them_has_changed(
     assert open_index("lab", hash_embedder).chunks == open_index("fresh", hash_embedder).chunks
     monkeypatch.setattr(index, "READERS_VERSION", 0)
     calls: list[str] = []
-    monkeypatch.setattr(index, "chunk", lambda d, *rest: calls.append(d.source) or chunk(d, *rest))
+    monkeypatch.setattr(workers, "chunk", lambda d, *rest: calls.append(d.source) or chunk(d, *rest))
     sync(docs, "lab", smaller, hash_embedder)
     assert len(calls) == 5
     sync(docs, "lab", smaller, hash_embedder)
