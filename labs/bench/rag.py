@@ -1,21 +1,27 @@
 """Retrieval measured in one run: `llmlab bench rag`.
 
-    labs.bench.rag_sets     question sets whose right passages are known, and the scores of a search on them
-    labs.bench.rag_speed    what an answer costs, as ratios to what it cannot do without, and what an embedder costs
-    labs.bench.rag_ann      approximate search on made vectors, against an exact one
+    labs.bench.rag_sets       question sets whose right passages are known, and the scores of a search on them
+    labs.bench.rag_corpus     a big corpus of real pages, with questions from labs.bench.rag_questions
+    labs.bench.rag_speed      what an answer costs, as ratios to what it cannot do without, and what an embedder costs
+    labs.bench.rag_ann        approximate search on made vectors, against an exact one
 
-Here is what is measured in which order, and the document that comes of it. Indexes are made in a temporary folder; nothing of
-the user's is touched.
+Here is what is measured in which order, and the document that comes of it. Indexes are made in a temporary folder, that of the
+big corpus in the project's cache; nothing of the user's is touched.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+from labs.bench import rag_langchain
 from labs.bench.rag_ann import approximate
-from labs.bench.rag_sets import knowledge_set, own_indexes, scores, xquad_index, xquad_sets
+from labs.bench.rag_corpus import GET_THEM, cache_folder, read_corpus
+from labs.bench.rag_questions import KINDS
+from labs.bench.rag_sets import indexes_in, knowledge_set, scores, xquad_index, xquad_sets
 from labs.bench.rag_speed import embedding, speed
 from pipelines.errors import ConfigError
 from pipelines.rag.embed import EMBEDDERS
@@ -30,11 +36,12 @@ QUICK_VECTORS, FULL_VECTORS = (200_000,), (200_000, 1_000_000)
 Progress = Callable[[str, int, int], None]
 
 
-def bench_rag(vector_counts: Sequence[int], progress: Progress) -> dict[str, Any]:
-    """Return the document of a run.
+def bench_rag(vector_counts: Sequence[int], corpus: Path | None, progress: Progress) -> dict[str, Any]:
+    """Return the document of a run; `left_out` in it says what was not measured, and how it would be.
 
     Args:
         vector_counts: sizes of the approximate search.
+        corpus: holds the packages of labs.bench.rag_corpus; None leaves them out.
         progress: is told (stage, done, total).
 
     Raises:
@@ -46,9 +53,10 @@ def bench_rag(vector_counts: Sequence[int], progress: Progress) -> dict[str, Any
     if find_spec("rank_bm25") is None:
         raise ConfigError("rank_bm25 is not installed", "what search by words is compared with", "make bench-rag")
     use_all_cores()
-    with own_indexes() as folder:
-        retriever, first_seconds, again_seconds = xquad_index(folder, progress)
-        sets = [*xquad_sets(retriever), knowledge_set(progress)]
+    pages = read_corpus(corpus, cache_folder(), progress) if corpus else None
+    with TemporaryDirectory() as folder, indexes_in(Path(folder) / "index"):
+        retriever, first_seconds, again_seconds = xquad_index(Path(folder), progress)
+        sets = [*xquad_sets(retriever), knowledge_set(progress), *(pages.sets if pages else ())]
         quality = {}
         for done, asked in enumerate(sets):
             progress("questions", done, len(sets))
@@ -58,6 +66,7 @@ def bench_rag(vector_counts: Sequence[int], progress: Progress) -> dict[str, Any
             "recall": quality, "hybrid_worst_gap": _worst_gap(quality), "hybrid_mean_gain": _mean_gain(quality),
             "reindex_one_percent_ratio": again_seconds / first_seconds, **speed(sets[0]),
             "embedders": {name: embedding(name, sets[1]) for name in EMBEDDERS},
+            "corpus": pages.facts if pages else {}, "left_out": _left_out(pages is None),
         }  # fmt: skip
     document["ann"] = {}
     for done, count in enumerate(vector_counts):
@@ -65,6 +74,14 @@ def bench_rag(vector_counts: Sequence[int], progress: Progress) -> dict[str, Any
         document["ann"][str(count)] = approximate(count)
     progress("vectors", len(vector_counts), len(vector_counts))
     return document
+
+
+def _left_out(corpus: bool) -> dict[str, str]:
+    """Return what is not measured, and what has to be done for it."""
+    left_out = {", ".join(KINDS): f"without --quick, after {GET_THEM}"} if corpus else {}
+    if not rag_langchain.is_here():
+        left_out["retrieve_ratio_to_langchain"] = "pip install langchain-community"
+    return left_out
 
 
 def _worst_gap(quality: dict[str, dict[str, dict[str, float]]]) -> float:

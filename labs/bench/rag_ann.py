@@ -5,11 +5,15 @@ Run as a part of: llmlab bench rag
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
 from functools import partial
+from tempfile import NamedTemporaryFile
 from typing import TYPE_CHECKING
 
 from labs.bench.rag_speed import in_turns
+from pipelines.config import ROOT
 
 if TYPE_CHECKING:
     import numpy as np
@@ -19,6 +23,15 @@ if TYPE_CHECKING:
 DIMENSION, LATENT, ROWS_PER_CLUSTER, CLUSTER_SPREAD = 384, 48, 200, 0.7
 ANN_QUERIES, ANN_K = 200, 10
 APPROXIMATE: tuple[Kind, ...] = ("hnsw", "ivf-sq8")
+
+_READER = """
+import faiss, psutil, sys
+from pathlib import Path
+from pipelines.rag.vectors import read
+before = psutil.Process().memory_info().rss
+index = read(Path(sys.argv[1]))
+print(psutil.Process().memory_info().rss - before)
+"""
 
 
 def approximate(count: int) -> dict[str, dict[str, float]]:
@@ -39,16 +52,25 @@ def approximate(count: int) -> dict[str, dict[str, float]]:
         began = time.perf_counter()
         index, breadth = nearest.build(rows, kind)
         seconds = time.perf_counter() - began
-        vectors = nearest.Vectors(rows, kind, index, breadth)
-        size = len(nearest.serialised(index))
+        vectors, content = nearest.Vectors(rows, kind, index, breadth), nearest.serialised(index)
         hits = [set(vectors.search(query, ANN_K).rows.tolist()) for query in queries]
         share = [len(some.intersection(right.tolist())) / ANN_K for some, right in zip(hits, truth, strict=True)]
         slow, fast = in_turns([partial(_search, exact), partial(_search, vectors)], queries)
         found[kind] = {
             "recall_at_10": sum(share) / len(share), "speed_ratio_to_flat": slow / fast, "query_ms": 1000 * fast,
-            "bytes_per_vector": size / count, "build_seconds": seconds, "breadth": float(breadth),
+            "bytes_per_vector": len(content) / count, "memory_bytes": resident_bytes(content), "build_seconds": seconds,
+            "breadth": float(breadth),
         }  # fmt: skip
     return found
+
+
+def resident_bytes(content: bytes) -> float:
+    """Return by how much the resident memory of a new process grows when it reads an approximate index from its file."""
+    with NamedTemporaryFile(suffix=".faiss") as file:
+        file.write(content)
+        file.flush()
+        done = subprocess.run([sys.executable, "-c", _READER, file.name], cwd=ROOT, capture_output=True, text=True, check=True)
+    return float(done.stdout)
 
 
 def made_vectors(count: int) -> np.ndarray:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import os
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -78,18 +77,17 @@ def of_one(found: Sequence[str], right: frozenset[str]) -> dict[str, float]:
 
 
 @contextmanager
-def own_indexes() -> Iterator[Path]:
-    """Let indexes be made in a temporary folder, which is yielded, and not among the user's."""
+def indexes_in(folder: Path) -> Iterator[None]:
+    """Let indexes be made and read in a folder, not among the user's."""
     before = os.environ.get("LLMLAB_INDEX")
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ["LLMLAB_INDEX"] = str(Path(folder) / "index")
-        try:
-            yield Path(folder)
-        finally:
-            if before is None:
-                del os.environ["LLMLAB_INDEX"]
-            else:
-                os.environ["LLMLAB_INDEX"] = before
+    os.environ["LLMLAB_INDEX"] = str(folder)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["LLMLAB_INDEX"]
+        else:
+            os.environ["LLMLAB_INDEX"] = before
 
 
 def xquad_index(folder: Path, progress: Progress) -> tuple[Retriever, float, float]:

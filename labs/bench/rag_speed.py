@@ -1,7 +1,7 @@
 """What retrieval costs, as ratios of medians that are taken in turns: ours to what it cannot do without.
 
-Our retrieval to an embedding and a bare search, our BM25 to rank_bm25, an embedder to MiniLM by torch.
-Run as a part of: llmlab bench rag
+Our retrieval to an embedding and a bare search, and to LangChain's FAISS store; our BM25 to rank_bm25; an embedder to MiniLM by
+torch. Run as a part of: llmlab bench rag
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from statistics import median
 from typing import Any
 
+from labs.bench import rag_langchain
 from labs.bench.rag_sets import Set, of_one
 from pipelines.rag.index import MAX_K
 
@@ -43,10 +44,15 @@ def speed(asked: Set) -> dict[str, float]:
     def by_other(question: str) -> object:
         return other.get_scores(words_of([question], stemmer)[0])
 
-    ours, without = in_turns([retrieve, bare], questions)
+    ways: dict[str, Callable[[str], object]] = {"raw": bare}
+    if rag_langchain.is_here():
+        chain = rag_langchain.faiss_search(retriever)
+        ways["langchain"] = lambda question: chain(question, k)
+    ours, *without = in_turns([retrieve, *ways.values()], questions)
     by_ours, by_theirs = in_turns([words.scores, by_other], questions)
     return {
-        "retrieve_p50_ms": 1000 * ours, "retrieve_ratio_to_raw": ours / without,
+        "retrieve_p50_ms": 1000 * ours,
+        **{f"retrieve_ratio_to_{name}": ours / seconds for name, seconds in zip(ways, without, strict=True)},
         "bm25_ratio_to_rank_bm25": by_theirs / by_ours, "bm25_passages": float(SPEED_PASSAGES),
     }  # fmt: skip
 
