@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -38,23 +39,42 @@ def tune(
 
 @bench_app.command()
 def rag(
-    quick: Annotated[bool, typer.Option("--quick", help="Under 5 minutes: approximate search of 200,000 vectors only.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Under 5 minutes: approximate search of 200,000 vectors only, no big corpus.")
+    ] = False,
     vectors: Annotated[list[int] | None, typer.Option(min=1000, help="Sizes of the approximate search.")] = None,
+    corpus: Annotated[
+        Path | None,
+        typer.Option(help="Folder of Debian's python3.11-doc, postgresql-doc-15, git-doc; else LLMLAB_CORPUS, /usr/share/doc."),
+    ] = None,
 ) -> None:
-    """Measure retrieval: what is found by words, vectors and both, and what it costs. Example: llmlab bench rag --quick."""
+    """Measure retrieval: what is found by words, vectors and both, and what it costs.
+
+    Examples: llmlab bench rag --quick; llmlab bench rag --corpus /usr/share/doc
+    """
     from labs.bench import rag as bench
-    from labs.screen import CountScreen, json_line, table
+    from labs.bench.rag_corpus import corpus_folder
+    from labs.screen import CountScreen, json_line, say, table
 
     sizes = tuple(vectors or (bench.QUICK_VECTORS if quick else bench.FULL_VECTORS))
     with CountScreen() as screen:
-        document = bench.bench_rag(sizes, screen.update)
+        document = bench.bench_rag(sizes, None if quick else corpus_folder(corpus), screen.update)
     rows = [(name, method, *of.values()) for name, by_method in document["recall"].items() for method, of in by_method.items()]
     table("What is found", ["set", "method", "recall@1", "recall@5", "recall@10", "MRR", "nDCG@10"], rows)
+    tried = [(option, *of.values()) for option, of in document["options"].items()]
+    table("Options, on questions for testing", ["option", "recall@1", "MRR", "nDCG@10", "answer shown", "paragraphs in 5",
+                                                "both in 4", "ms"], tried)  # fmt: skip
+    if document["corpus"]:
+        table("The big corpus", ["what", "value"], list(document["corpus"].items()))
     table("What it costs", ["what", "value"], [(key, value) for key, value in document.items() if isinstance(value, float)])
     made = [(name, *of.values()) for name, of in document["embedders"].items()]
     table("Embedders", ["embedder", "times torch", "one question, times torch", "passages/s", "ms a question", "nDCG@10"], made)
     found = [(size, kind, *of.values()) for size, by_kind in document["ann"].items() for kind, of in by_kind.items()]
-    table("Approximate search", ["vectors", "kind", "recall@10", "times flat", "ms", "bytes", "build s", "breadth"], found)
+    table(
+        "Approximate search", ["vectors", "kind", "recall@10", "times flat", "ms", "bytes", "memory", "build s", "breadth"], found
+    )
+    for what, way in document["left_out"].items():
+        say(f"left out: {what} ({way})")
     json_line(document)
 
 

@@ -97,9 +97,10 @@ def load_embedder(name: str, device: str = "cpu", threads: int | None = None) ->
 
 def load_counter(name: str) -> Callable[[str], int]:
     """Return `token_count` of an embedder without its model, which takes seconds to load; errors as of `load_embedder`."""
-    if name not in EMBEDDERS:
-        raise unknown("embedder", name, EMBEDDERS)
-    return TokenEmbedder(packaged_folder(), "").token_count
+    entry = embedders.find(name)
+    counter = TokenEmbedder(entry, embedders.folder_of(entry), "")
+    counter.special_tokens = entry.kind != "static"
+    return counter.token_count
 
 
 class TokenEmbedder:

@@ -1,7 +1,7 @@
 """The files of an index: generations that are whole or not there, one of which serves.
 
     index/<name>/CURRENT                    the generation that serves
-    index/<name>/<generation>/              its files; manifest.json, with a sha256 of each, is written last
+    index/<name>/<generation>/              its files; manifest.json, with a sha256 of each and of itself, is written last
 
 A new generation is written beside the current one and then takes its place in one rename; the one before stays, for readers
 that are just opening it. What stands in the files is not known here.
@@ -18,14 +18,14 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 from pipelines.config import ROOT
 from pipelines.errors import ConfigError, DataError, RunIncomplete
 from pipelines.runs import sync, write_text
 
 CURRENT, MANIFEST, LOCK = "CURRENT", "manifest.json", ".lock"
-FORMAT = 3  # of the files of a generation; raise it when they change
+FORMAT = 4  # of the files of a generation; raise it when they change
 AGAIN = "make index DOCS=path/to/folder"
 
 Progress = Callable[[str, int, int], None]
@@ -57,20 +57,23 @@ def folder_of(name: str) -> Path:
 def current(folder: Path) -> str | None:
     """Return the generation that serves, None if there is none."""
     try:
-        return (folder / CURRENT).read_text(encoding="utf-8").strip()
+        return (folder / CURRENT).read_text(encoding="utf-8", errors="replace").strip()
     except (FileNotFoundError, NotADirectoryError):
         return None
 
 
 def manifest_of(path: Path) -> dict[str, Any]:
-    """Return the manifest of a generation; `RunIncomplete` if it cannot be read or has another format."""
+    """Return the manifest of a generation; `RunIncomplete` if it cannot be read, has another format or was changed."""
     try:
-        manifest: dict[str, Any] = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError) as error:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise RunIncomplete(f"{path / MANIFEST} cannot be read: {error}", "a manifest", AGAIN) from None
-    if manifest.get("format") != FORMAT:
-        raise RunIncomplete(f"{path} has format {manifest.get('format')}", f"format {FORMAT}", AGAIN)
-    return manifest
+    found = manifest.get("format") if isinstance(manifest, dict) else None
+    if found != FORMAT:
+        raise RunIncomplete(f"{path} has format {found}", f"format {FORMAT}", AGAIN)
+    if manifest.pop("sha256", None) != _sha256_of(manifest):
+        raise RunIncomplete(f"{path / MANIFEST} is not what was written", "the sha256 that it records of itself", AGAIN)
+    return cast("dict[str, Any]", manifest)
 
 
 def recorded(path: Path, name: str, manifest: Mapping[str, Any]) -> Path:
@@ -109,7 +112,8 @@ def write(folder: Path, facts: Mapping[str, Any], files: Mapping[str, Writer], r
             hashes[name] = _sha256(path / name)
         report(f"write {MANIFEST}", len(files), steps)
         made = {"format": FORMAT, "generation": generation, "created": now.strftime("%Y-%m-%dT%H:%M:%SZ"), "files": hashes}
-        write_text(path / MANIFEST, json.dumps({**facts, **made}, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+        whole = {**facts, **made}
+        write_text(path / MANIFEST, _as_json({**whole, "sha256": _sha256_of(whole)}) + "\n")
     except OSError:
         shutil.rmtree(path, ignore_errors=True)
         raise
@@ -162,6 +166,14 @@ def only_writer(folder: Path) -> Iterator[None]:
         except BlockingIOError:
             raise Busy(f"another process builds index {folder.name!r}", "one build at a time") from None
         yield
+
+
+def _as_json(manifest: Mapping[str, Any]) -> str:
+    return json.dumps(manifest, indent=2, sort_keys=True, ensure_ascii=False)
+
+
+def _sha256_of(manifest: Mapping[str, Any]) -> str:
+    return hashlib.sha256(_as_json(manifest).encode()).hexdigest()
 
 
 def _sha256(path: Path) -> str:

@@ -107,23 +107,25 @@ class Retriever:
         vector = self.embedder.embed_questions([question])[0] if self.config.dense_weight else None
         return sign(self.index, question, rank(self.index, self.config, question, vector, LOOKED_AT, allowed))
 
-    def _in_order(self, texts: Sequence[str], rankings: Sequence[Ranked]) -> Ranked:
-        """Return one ranking for a question and its parts, after the reranker has seen each."""
-        from pipelines.rag.ranking import joined
-
-        if self.reranker:
-            rankings = [self._reranked(self.reranker, text, ranked) for text, ranked in zip(texts, rankings, strict=True)]
-        return rankings[0] if len(rankings) == 1 else joined(rankings)
-
-    def _reranked(self, reranker: Reranker, text: str, ranked: Ranked) -> Ranked:
+    def reranked(self, question: str, ranked: Ranked) -> Ranked:
+        """Return a ranking after the reranker has read its best candidates; as it is if there is none."""
         import numpy as np
 
         from pipelines.rag.rerank import blended
 
+        if self.reranker is None:
+            return ranked
         passages = [self.index.chunks[row].passage for row in ranked.rows[: self.config.rerank_candidates].tolist()]
         told = np.zeros(len(ranked.rows), dtype=np.float32)
-        told[: len(passages)] = reranker.scores(text, passages, self.index.words)
+        told[: len(passages)] = self.reranker.scores(question, passages, self.index.words)
         return ranked.sorted_by(blended(ranked.scores, told, self.config.rerank_weight))
+
+    def _in_order(self, texts: Sequence[str], rankings: Sequence[Ranked]) -> Ranked:
+        """Return one ranking for a question and its parts."""
+        from pipelines.rag.ranking import joined
+
+        reranked = [self.reranked(text, ranked) for text, ranked in zip(texts, rankings, strict=True)]
+        return reranked[0] if len(reranked) == 1 else joined(reranked)
 
     def _chosen(self, ranked: Ranked, k: int) -> tuple[list[Hit], list[tuple[Hit, str]]]:
         """Return the hits, and what stands before the last of them and is held back."""
