@@ -16,7 +16,8 @@ import pytest
 from labs.bench import xquad
 from labs.bench.rag_ann import APPROXIMATE, DIMENSION, made_vectors, resident_bytes
 from labs.bench.rag_langchain import faiss_search
-from labs.bench.rag_sets import of_one
+from labs.bench.rag_options import joined_questions
+from labs.bench.rag_sets import Asked, Set, of_one
 from pipelines.config import ROOT, load, named
 from pipelines.rag.chunk import passage
 from pipelines.rag.embed import load_embedder
@@ -39,6 +40,13 @@ def test_the_bench_measures_quality_and_cost() -> None:
     document: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     assert document["hybrid_worst_gap"] <= 0.005 and document["hybrid_mean_gain"] > 0
     assert document["recall"]["xquad_test"]["hybrid"]["recall_at_1"] >= 0.95
+    assert document["rerank_recall_at_1"]["xquad_test"] >= 0.95
+    options = document["options"]
+    plain = options["as configured"]
+    assert options["reranker=maxsim"]["recall_at_1"] > plain["recall_at_1"]
+    assert options["neighbours=1"]["answer_shown"] > plain["answer_shown"]
+    assert options["diversity=0.3"]["paragraphs_among_5"] > plain["paragraphs_among_5"]
+    assert options["split_questions=true"]["both_among_4"] > plain["both_among_4"]
     assert document["retrieve_ratio_to_raw"] < 1.15
     assert document["bm25_ratio_to_rank_bm25"] > 10
     for kind in APPROXIMATE:
@@ -46,6 +54,14 @@ def test_the_bench_measures_quality_and_cost() -> None:
         assert found["recall_at_10"] >= 0.97
         assert found["memory_bytes"] >= 0.9 * 20000 * found["bytes_per_vector"]
     assert document["retrieve_ratio_to_langchain"] < 1.15
+
+
+def test_two_questions_become_one_that_can_be_taken_apart() -> None:
+    texts = ["Who made A?", "Who made B?", "Who made C?", "When was D made?", "Is E there?", "What did F do?"]
+    asked = tuple(Asked(text, frozenset({str(n % 4)})) for n, text in enumerate(texts))
+    both = joined_questions(Set("made", None, asked, lambda chunk: chunk.id))  # type: ignore[arg-type]
+    assert both == [("Who made A and when was D made?", asked[0].right, asked[3].right),
+                    ("Who made C and what did F do?", asked[2].right, asked[5].right)]  # fmt: skip
 
 
 def test_scores_of_a_ranking_are_those_of_their_definitions() -> None:
