@@ -8,8 +8,9 @@ same ones share a batch as in one process: vectors in 8 bits depend on that. Fil
 need the folder, this project and its embedder in the same places. A worker that dies ends the sync; the index stays as it was.
 
 Ray moves code and work between its own processes by cloudpickle, so who can talk to it can run code. A Ray that is started here
-listens on loopback only, wants a token that is made for it, sends no usage statistics, and ends with the sync. A cluster, named
-by RAY_ADDRESS, is as safe as whoever runs it has made it.
+listens on loopback only, wants a token that is made for it, sends no usage statistics, and ends with the sync, also after Ctrl-C;
+only kill -9 leaves two idle processes of it, and its folder in /tmp. A cluster, named by RAY_ADDRESS, is as safe as whoever runs
+it has made it.
 Run: make index DOCS=path/to/folder ENGINE=ray WORKERS=2
 """
 
