@@ -81,7 +81,7 @@ def questions_of(source: str, page: str) -> Iterator[Posed]:
     nodes = list(_walk(soup))
     for heading in _headings(nodes):
         yield Posed("docs_headings", _about(heading), source, heading)
-    title = one_line(soup.title.get_text()) if soup.title else source
+    title = plain(soup.title.get_text()) if soup.title else source
     for question, text in _definitions(nodes, _MANUAL_SECTION.sub("", title).replace("git-", "git ")):
         opening = text[:OPENING_CHARACTERS]
         if len(opening) < OPENING_CHARACTERS:
@@ -167,7 +167,7 @@ def _terms(description: Tag) -> list[Tag]:
 
 def _signature_question(term: Tag) -> str | None:
     name = str(term.get("id") or "").removeprefix("c.")
-    if not name:
+    if not name or name.startswith("cmdoption-"):
         return None
     kinds = term.parent.get_attribute_list("class") if term.parent else []
     return f"What does {name} do?" if _CALLED.intersection(kinds) else f"What is {name}?"

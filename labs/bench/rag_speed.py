@@ -25,7 +25,7 @@ def speed(asked: Set) -> dict[str, float]:
     """Return medians of milliseconds, and their ratios, over the same questions in turns."""
     from rank_bm25 import BM25Okapi
 
-    from pipelines.rag.lexical import Lexical, words_asked, words_of
+    from pipelines.rag.lexical import Lexical, words_of
     from pipelines.rag.vectors import Vectors
 
     retriever, questions = asked.retriever, [q.text for q in asked.questions[:TIMED_QUESTIONS]]
@@ -43,7 +43,7 @@ def speed(asked: Set) -> dict[str, float]:
         return raw.search(retriever.embedder.embed_questions([question])[0], k)
 
     def by_other(question: str) -> object:
-        return other.get_scores(words_asked(question, stemmer))
+        return other.get_scores(words_of([question], stemmer)[0])
 
     ways: dict[str, Callable[[str], object]] = {"raw": bare}
     if rag_langchain.is_here():

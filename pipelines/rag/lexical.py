@@ -1,17 +1,13 @@
 """BM25 over the passages of an index (Robertson & Zaragoza 2009), through bm25s (Lù 2024, arXiv 2407.03618).
 
 Scores of every word in every passage are computed when the index is built, so a question adds up a few columns. Words are
-compared in lower case and by their stems. The commonest words of English do not count in a question: "what" and "does" are rare
-in manuals, and would find the few pages that ask questions themselves.
-Run as a part of: make index DOCS=path/to/folder
+compared in lower case and by their stems. Run as a part of: make index DOCS=path/to/folder
 """
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
-from functools import cache
 from typing import Any, cast
 
 import bm25s
@@ -24,7 +20,6 @@ from pipelines.config import unknown
 NO_STEMMER = "none"
 _WORD = r"(?u)\w+"  # also of one character: "Claude 2" is not "Claude"
 _VOCABULARY = "vocabulary"
-_FRAGMENTS = frozenset("d ll m ma o re s t ve y".split())  # of "they're" and its like; alone they are names, as of a module
 
 
 class Lexical:
@@ -64,7 +59,7 @@ class Lexical:
 
     def scores(self, question: str) -> np.ndarray:
         """Return the BM25 score of every passage for a question, float32, shape [passages]; 0 where no word is shared."""
-        words = words_asked(question, self._language)
+        (words,) = words_of([question], self._language)
         columns = [self._columns[word] for word in words if word in self._columns]
         if not columns:
             return np.zeros(self._bm25.scores["num_docs"], dtype=np.float32)
@@ -125,21 +120,6 @@ def words_of(texts: Sequence[str], stemmer: str) -> list[list[str]]:
     """Return the words of each text as they are compared: in lower case, their stems in place of them."""
     return cast("list[list[str]]", bm25s.tokenize(list(texts), token_pattern=_WORD, stopwords=None, stemmer=_stemmer(stemmer),
                                                    return_ids=False, show_progress=False))  # fmt: skip
-
-
-def words_asked(question: str, stemmer: str) -> list[str]:
-    """Return the words of a question that count, as they are compared: the commonest of English only if there are no others."""
-    if stemmer == "english":
-        kept = " ".join(word for word in re.findall(_WORD, question) if word.lower() not in _commonest())
-        question = kept or question
-    return words_of([question], stemmer)[0]
-
-
-@cache
-def _commonest() -> frozenset[str]:
-    from bm25s.stopwords import STOPWORDS_EN_PLUS
-
-    return frozenset(STOPWORDS_EN_PLUS) - _FRAGMENTS
 
 
 def _stemmer(language: str) -> Any:

@@ -7,7 +7,7 @@ import pytest
 from rank_bm25 import BM25Okapi
 
 from pipelines.errors import UnknownName
-from pipelines.rag.lexical import Lexical, read, words_asked, words_of
+from pipelines.rag.lexical import Lexical, read
 
 PASSAGES = [
     "Claude 2: The licence is commercial.",
@@ -36,17 +36,6 @@ def test_stems_single_characters_and_other_letters_are_words() -> None:
     assert words.scores("Claude 2").argmax() == 0
     assert words.scores("STRASSE").max() == 0 < words.scores("straße").max()
     assert Lexical.of(PASSAGES, "none").scores("licences")[0] == 0
-
-
-def test_the_commonest_words_of_a_question_do_not_count() -> None:
-    passages = ["What does it mean? What does it do?", "The licence of Falcon.", "re: module of regular expressions"]
-    words = Lexical.of(passages, "english")
-    assert words.scores("What does the licence of Falcon allow?").argmax() == 1
-    assert words.scores("What does the licence of Falcon allow?")[0] == 0
-    assert words.scores("What is re?").argmax() == 2
-    assert words.scores("What does it do?").argmax() == 0  # there are no others
-    assert Lexical.of(passages, "none").scores("What does the licence of Falcon allow?")[0] > 0
-    assert words_asked("How do I join the paths?", "english") == words_of(["join paths"], "english")[0]
 
 
 @pytest.mark.parametrize("question", ["", "…", "unknown words only", "2", "claude " * 500])
