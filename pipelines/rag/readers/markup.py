@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from pipelines.rag.readers.section import Part, Read, Section, below_headings, check_size, one_line, text_of
 
 if TYPE_CHECKING:
-    from bs4.element import PageElement
+    from bs4.element import PageElement, Tag
     from markdown_it.token import Token
 
 MAX_BYTES = 20_000_000
@@ -25,6 +25,7 @@ _HTML_BLOCKS = (
     "address", "article", "aside", "blockquote", "dd", "div", "dl", "dt", "figcaption", "figure", "footer",
     "form", "header", "hr", "li", "main", "ol", "p", "pre", "section", "table", "tr", "ul",
 )  # fmt: skip
+_LONGEST_TERM = 60  # characters of a heading
 _HTML_MARK = "\x00"  # stands around a heading; no text file that is read here holds one
 _HTML_END = "<!---->"  # ends a tag or comment that is still open, as browsers do; the parser would try at each "<" again
 _HTML_AFTER = {"br": "\n", "td": " ", "th": " "}
@@ -80,19 +81,63 @@ def _heading_text(inline: Token) -> str:
 
 
 def _html_pieces(nodes: Iterable[PageElement], headings: bool) -> Iterator[str]:
-    """Yield the text in one walk without recursion: changing the tree instead takes time by the square of its size."""
+    """Yield the text in one walk without recursion: changing the tree instead takes time by the square of its size.
+
+    A term that can be linked to (as of functions and options in manuals) stands as a heading over what defines it; an empty
+    heading ends the list.
+    """
     from bs4.element import CData, NavigableString, Tag
 
-    stack: list[PageElement | str] = list(nodes)
+    stack: list[PageElement | str | None] = list(nodes)  # None is the end of a list of definitions
     stack.reverse()
+    lists: list[bool] = []  # that are open, and whether one of their terms is a heading
     while stack:
         node = stack.pop()
-        if not isinstance(node, Tag):
+        if node is None:
+            if lists[-1]:
+                yield _html_heading(_level(lists), "")
+            lists.pop()
+        elif not isinstance(node, Tag):
             if type(node) in (str, NavigableString, CData):  # not comments and their like, which are derived from it
                 yield str(node)
         elif node.name in _HTML_HEADINGS and headings:
-            yield f"{_HTML_MARK}{node.name[1]}{one_line(''.join(_html_pieces(node.children, headings=False)))}{_HTML_MARK}"
+            yield _html_heading(int(node.name[1]), _heading(node))
         elif node.name not in _HTML_DROPPED:
             around = "\n\n" if node.name in _HTML_BLOCKS else ""
             yield around
+            if node.name == "dl" and headings:
+                lists.append(False)
+                stack.append(None)
+            elif node.name == "dt" and lists and (node.get("id") or node.find(id=True)) and not _follows_term(node):
+                lists[-1] = True
+                yield _html_heading(_level(lists), _term(node))
             stack += [around or _HTML_AFTER.get(node.name, ""), *reversed(node.contents)]
+
+
+def _html_heading(level: int, heading: str) -> str:
+    return f"{_HTML_MARK}{level}{heading}{_HTML_MARK}"
+
+
+def _level(lists: Sequence[bool]) -> int:
+    return min(len(_HTML_HEADINGS) + len(lists), 9)
+
+
+def _heading(node: Tag) -> str:
+    """Return the text of a heading without the mark of its link."""
+    return one_line("".join(_html_pieces(node.children, headings=False))).rstrip("¶ ")
+
+
+def _term(node: Tag) -> str:
+    """Return a term as a heading; of a long one the beginning, since the whole is the text's as well."""
+    term = _heading(node)
+    if len(term) <= _LONGEST_TERM:
+        return term
+    name = term.partition("(")[0]
+    return name if len(name) <= _LONGEST_TERM else term[:_LONGEST_TERM].rpartition(" ")[0] or term[:_LONGEST_TERM]
+
+
+def _follows_term(node: Tag) -> bool:
+    """Return whether a term shares its definition with the term before it, which is the heading of both."""
+    from bs4.element import Tag
+
+    return next((one.name for one in node.previous_siblings if isinstance(one, Tag)), "") == "dt"

@@ -17,7 +17,7 @@ from reportlab.pdfgen.canvas import Canvas
 
 from pipelines.rag.index import RagConfig, open_index, sync
 from pipelines.rag.load import KINDS, Document, load
-from pipelines.rag.readers import code, image, office, tabular
+from pipelines.rag.readers import code, image, markup, office, tabular
 
 FONT = str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf")
 
@@ -428,3 +428,21 @@ def test_kinds_are_stored_and_filter_and_do_not_change_ids(tmp_path: Path, confi
     assert again.change.to_embed == 1
     assert {c.id for c in index.chunks} < {c.id for c in open_index("lab", hash_embedder).chunks}
     assert {c.source: c.kind for c in open_index("lab", hash_embedder).chunks}["p.png"] == "image"
+
+
+def test_a_term_that_can_be_linked_to_is_the_heading_of_its_definition() -> None:
+    page = """<h1>Paths<a>¶</a></h1><dl><dt id="j">join(path, *paths)<a>¶</a></dt><dd>Joins paths.
+    <dl><dt>Returns</dt><dd>a path</dd></dl><dl><dt id="m">join.fast()</dt><dd>Inner.</dd></dl>More of join.</dd>
+    <dt><a id="a"></a>-a</dt><dt id="b">--all</dt><dd>Everything.</dd></dl><p>After.</p><h2>Next</h2>Last."""
+    _, sections = markup.html(page.encode(), "page")
+    assert [(s.path[1:], " ".join(s.text.split())) for s in sections if s.text] == [
+        (("join(path, *paths)",), "join(path, *paths)¶ Joins paths. Returns a path"),
+        (("join(path, *paths)", "join.fast()"), "join.fast() Inner."),
+        (("join(path, *paths)",), "More of join."),
+        (("-a",), "-a --all Everything."),
+        ((), "After."),
+        (("Next",), "Last."),
+    ]
+    assert sections[0].path == ("Paths",)
+    long = f"<dl><dt id='x'>call({'argument, ' * 20})</dt><dd>A.</dd><dt id='y'>{'word ' * 30}</dt><dd>B.</dd></dl>"
+    assert [s.path[1] for s in markup.html(long.encode(), "page")[1][1:3]] == ["call", "word " * 11 + "word"]

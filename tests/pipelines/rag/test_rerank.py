@@ -9,13 +9,15 @@ import numpy as np
 import pytest
 import torch
 
-from pipelines.rag import rerank
-from pipelines.rag.embed import Embedder, packaged_folder
+from pipelines.errors import ConfigError, UnknownName, WeightsMissing
+from pipelines.rag import embedders, rerank
+from pipelines.rag.embed import Embedder
 from pipelines.rag.index import RagConfig, open_index, sync
 from pipelines.rag.lexical import Lexical
 from pipelines.rag.rerank import CrossEncoder, MaxSim, blended, load_reranker
 from pipelines.rag.retrieve import Retriever
 
+MINILM = embedders.folder_of(embedders.find("minilm"))
 PASSAGES = [
     "Falcon 40B comes from TII in Abu Dhabi. The licence is Apache 2.0.",
     "Claude 2 was launched by Anthropic in July 2023.",
@@ -31,14 +33,14 @@ def words() -> Lexical:
 
 @pytest.fixture(scope="module")
 def maxsim() -> MaxSim:
-    return MaxSim(packaged_folder())
+    return MaxSim(MINILM)
 
 
 def test_maxsim_is_the_weighed_mean_of_the_nearest_tokens(maxsim: MaxSim, words: Lexical) -> None:
     from transformers import AutoModel, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(packaged_folder())
-    model = AutoModel.from_pretrained(packaged_folder()).eval()
+    tokenizer = AutoTokenizer.from_pretrained(MINILM)
+    model = AutoModel.from_pretrained(MINILM).eval()
 
     def states(text: str) -> torch.Tensor:
         with torch.inference_mode():
@@ -79,7 +81,7 @@ def test_a_cross_encoder_reads_question_and_passage_together(tmp_path: Path, wor
     from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
 
     torch.manual_seed(0)
-    tokenizer = AutoTokenizer.from_pretrained(packaged_folder())
+    tokenizer = AutoTokenizer.from_pretrained(MINILM)
     size = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
     model = BertForSequenceClassification(BertConfig(vocab_size=len(tokenizer), num_labels=1, **size)).eval()
     model.save_pretrained(tmp_path)
@@ -113,3 +115,29 @@ def test_a_reranked_search_finds_what_the_others_do_in_its_own_order(docs: Path,
     scores = [h.score for h in others]
     assert scores == sorted(scores, reverse=True) and scores[0] <= 1.0
     assert first.retrieve(question, 2, 'source = "falcon.md"').hits[0].source == "falcon.md"
+
+
+def test_files_of_another_model_are_refused(tmp_path: Path) -> None:
+    from transformers import BertConfig, BertForSequenceClassification, BertModel
+
+    size = {"vocab_size": 30522, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    with pytest.raises(ConfigError, match="holds no cross-encoder"):
+        CrossEncoder(tmp_path, 64)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((MINILM / name).read_bytes())
+    BertModel(BertConfig(**size, num_labels=1)).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="lacks . of its weights"):
+        CrossEncoder(tmp_path, 64)
+    BertForSequenceClassification(BertConfig(**size, num_labels=3)).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="has 3 outputs"):
+        CrossEncoder(tmp_path, 64)
+
+
+def test_an_unknown_reranker_and_one_without_weights_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert load_reranker("none") is None
+    with pytest.raises(UnknownName, match="maxsimm"):
+        load_reranker("maxsimm")
+    monkeypatch.setenv("LLMLAB_MODELS", str(tmp_path))
+    with pytest.raises(WeightsMissing) as raised:
+        load_reranker("ms-marco-minilm")
+    assert "llmlab pull ms-marco-minilm" in raised.value.next_command
