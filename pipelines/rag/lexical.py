@@ -90,14 +90,12 @@ class Lexical:
         (found,) = words_of([question], self._language)
         words = list(dict.fromkeys(found))
         rarity = self._rarity_of(words)
-        total = float(rarity.sum())
-        said = np.zeros(len(rows), dtype=np.float32)
-        for word, tells in zip(words, rarity, strict=True):
-            if word in self._columns:
-                column = self._columns[word]
-                holders = self._arrays["indices"][self._arrays["indptr"][column] : self._arrays["indptr"][column + 1]]
-                said += tells * np.isin(rows, holders)
-        return said / total if total > 0 else said
+        starts, columns = self._arrays["indptr"], [self._columns.get(word) for word in words]
+        spans = [slice(0, 0) if c is None else slice(starts[c], starts[c + 1]) for c in columns]
+        holders = np.concatenate([self._arrays["indices"][span] for span in spans]) if spans else np.zeros(0, dtype=np.int32)
+        tells = np.repeat(rarity, [span.stop - span.start for span in spans])
+        total = float(rarity.sum()) or 1.0
+        return np.array([tells[holders == row].sum() for row in rows], dtype=np.float32) / total
 
     def serialised(self) -> bytes:
         """Return it as the content of a safetensors file."""

@@ -47,6 +47,7 @@ def bench(place: Path | None, *options: str) -> subprocess.CompletedProcess[str]
                           capture_output=True, text=True, check=False)  # fmt: skip
 
 
+@pytest.mark.slow
 def test_two_trainers_on_a_shrunk_model(place: Path) -> None:
     done = bench(place, "--quick", "--minutes", "0.05", "--questions", "4", "--contender", "ours", "--contender", "plain")
     assert done.returncode == 0, done.stderr

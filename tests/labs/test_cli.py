@@ -111,6 +111,7 @@ def test_asking_something_that_is_not_the_gateway_is_explained() -> None:
         server.server_close()
 
 
+@pytest.mark.slow
 def test_an_empty_corpus_is_refused_and_the_old_index_stays(tmp_path: Path) -> None:
     docs, index = tmp_path / "docs", {"LLMLAB_INDEX": str(tmp_path / "index")}
     docs.mkdir()

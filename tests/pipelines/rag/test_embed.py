@@ -108,6 +108,7 @@ def test_eight_bits_hold_from_threads_and_refuse_what_is_too_long(int8: Embedder
         int8.embed(["word " * 255])
 
 
+@pytest.mark.slow
 def test_a_changed_file_of_eight_bits_is_made_again(int8: Embedder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LLMLAB_MODELS", str(tmp_path))
     made = load_embedder("minilm-int8")

@@ -223,6 +223,7 @@ for name in sys.argv[2:]:
 """
 
 
+@pytest.mark.slow
 def test_the_pinned_revision_is_fetched_and_no_pickle(add: Add, tiny: Path, tmp_path: Path) -> None:
     """In a process of its own: the client reads at import whether it may use the network."""
     files = {path.name: path.read_bytes() for path in tiny.iterdir()}

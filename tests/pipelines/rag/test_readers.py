@@ -258,6 +258,7 @@ def test_other_code_is_cut_at_definitions_and_nothing_is_lost(tmp_path: Path, na
     assert "".join("".join(s.text.split()) for s in document.sections) == "".join(text.split())
 
 
+@pytest.mark.slow
 def test_pictures_are_read_by_ocr_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any) -> None:
         raise AssertionError("something is fetched")

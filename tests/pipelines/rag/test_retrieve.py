@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -88,28 +87,3 @@ def test_llamaindex_gets_the_same_passages(retriever: Retriever, monkeypatch: py
     with pytest.raises(ConfigError, match="LlamaIndex is not installed") as raised:
         as_llamaindex(retriever, 2)
     assert raised.value.next_command == "make setup-chains"
-
-
-@pytest.mark.slow
-def test_recall_on_xquad(tmp_path: Path, config: RagConfig, minilm: Embedder) -> None:
-    path = DATA / "xquad.en.json"
-    if not path.is_file():
-        pytest.skip(f"{path} is absent; LLMLAB_DATA names the folder that holds it")
-    articles = json.loads(path.read_text(encoding="utf-8"))["data"][:6]
-    (tmp_path / "xquad").mkdir()
-    for article in articles:
-        paragraphs = "\n\n".join(p["context"] for p in article["paragraphs"])
-        (tmp_path / "xquad" / f"{article['title']}.md").write_text(f"# {article['title']}\n\n{paragraphs}\n", encoding="utf-8")
-    config = config.model_copy(update={"chunk_max_tokens": 96})
-    sync(tmp_path / "xquad", "xquad", config, minilm)
-    retriever = Retriever(open_index("xquad", minilm), minilm, config)
-    asked = [(a["title"], q) for a in articles for p in a["paragraphs"] for q in p["qas"]]
-    found = [
-        any(
-            hit.source == f"{title}.md" and q["answers"][0]["text"] in hit.text
-            for hit in retriever.retrieve(q["question"], 3).hits
-        )
-        for title, q in asked
-    ]
-    assert len(found) > 100
-    assert sum(found) / len(found) > 0.85, f"recall@3 is {sum(found) / len(found):.3f} over {len(found)} questions"
