@@ -103,7 +103,7 @@ lint: .venv/dev ## ruff and mypy
 test: lint ## lint and the tests; under 8 minutes after set-up
 	@.venv/bin/pytest -m "not slow and not faults"
 
-bench-rag: .venv/dev ## measure retrieval: what is found, and what it costs (QUICK=1, CORPUS=/usr/share/doc)
+bench-rag: .venv/dev .venv/chains ## measure retrieval: what is found, and what it costs (QUICK=1, CORPUS=/usr/share/doc)
 	@$(LLMLAB) bench rag $(if $(filter 1,$(QUICK)),--quick) $(if $(CORPUS),--corpus "$(CORPUS)")
 
 bench: .venv/bench ## compare trainers: TRL, a plain loop, LLaMA-Factory if set up, ours (QUICK=1, MINUTES=7)

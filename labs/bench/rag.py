@@ -85,7 +85,7 @@ def _left_out(corpus: bool) -> dict[str, str]:
     """Return what is not measured, and what has to be done for it."""
     left_out = {", ".join(KINDS): f"without --quick, after {GET_THEM}"} if corpus else {}
     if not rag_langchain.is_here():
-        left_out["retrieve_ratio_to_langchain"] = "pip install langchain-community"
+        left_out["retrieve_ratio_to_langchain"] = "make setup-chains"
     return left_out
 
 

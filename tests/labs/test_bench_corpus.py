@@ -149,7 +149,7 @@ def test_what_was_left_out_is_told_with_the_way_to_it(monkeypatch: pytest.Monkey
     assert rag._left_out(corpus=True) == {
         "docs_headings, docs_definitions, docs_purposes":
             "without --quick, after apt-get install python3.11-doc postgresql-doc-15 git-doc",
-        "retrieve_ratio_to_langchain": "pip install langchain-community",
+        "retrieve_ratio_to_langchain": "make setup-chains",
     }  # fmt: skip
     monkeypatch.setattr("labs.bench.rag_langchain.is_here", lambda: True)
     assert rag._left_out(corpus=False) == {}

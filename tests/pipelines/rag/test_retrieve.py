@@ -16,7 +16,6 @@ from pipelines.rag.embed import Embedder
 from pipelines.rag.index import MAX_K, RagConfig, open_index, sync
 from pipelines.rag.retrieve import Retriever
 
-DATA = Path(os.environ.get("LLMLAB_DATA") or ROOT.parent / "shared" / "data")
 
 
 @pytest.fixture
