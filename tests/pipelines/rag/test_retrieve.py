@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from pipelines.config import ROOT
 from pipelines.errors import ConfigError, DataError
 from pipelines.rag.adapters import as_langchain, as_llamaindex
 from pipelines.rag.embed import Embedder
 from pipelines.rag.index import MAX_K, RagConfig, open_index, sync
 from pipelines.rag.retrieve import Retriever
-
 
 
 @pytest.fixture
