@@ -65,13 +65,19 @@ def test_the_comparison_of_trainers_shows_what_was_measured() -> None:
     assert figures["ratio_to_trl_default"] >= 5 and figures["ratio_to_trl_tuned"] >= 2 and figures["peak_rss_ratio"] <= 0.5
 
 
+SEARCHES = ("bm25", "dense", "hybrid", "rerank")
+
+
 def test_the_comparison_of_searches_shows_what_was_measured() -> None:
     figures = json.loads((ROOT / "labs" / "measured" / "rag.json").read_text(encoding="utf-8"))
     table = README.split("<!-- labs/measured/rag.json -->")[1].split("\n**")[0]
     for name, by_method in figures["recall"].items():
-        shown = " | ".join(f"{by_method[method]['recall_at_1']:.2f}" for method in ("bm25", "dense", "hybrid"))
+        shown = " | ".join(f"{by_method[method]['recall_at_1']:.2f}" if method in by_method else "-" for method in SEARCHES)
         assert f"| {shown} |" in table, name
     assert figures["hybrid_worst_gap"] <= 0.005
+    for option, of in figures["options"].items():
+        shown = " | ".join(f"{of[column]:.2f}" for column in ("recall_at_1", "answer_shown", "both_among_4"))
+        assert re.search(rf"\| `?{re.escape(option)}`? \| {re.escape(shown)} \| \d+ \|", table), option
 
 
 def test_pictures_exist_and_the_output_shows_an_answer_and_an_abstention() -> None:

@@ -47,6 +47,9 @@ def rag(
         Path | None,
         typer.Option(help="Folder of Debian's python3.11-doc, postgresql-doc-15, git-doc; else LLMLAB_CORPUS, /usr/share/doc."),
     ] = None,
+    corpus_embedder: Annotated[
+        str, typer.Option(help="Of the big corpus; wordllama takes minutes, not an hour.")
+    ] = "minilm-int8",
 ) -> None:
     """Measure retrieval: what is found by words, vectors and both, and what it costs.
 
@@ -58,7 +61,7 @@ def rag(
 
     sizes = tuple(vectors or (bench.QUICK_VECTORS if quick else bench.FULL_VECTORS))
     with CountScreen() as screen:
-        document = bench.bench_rag(sizes, None if quick else corpus_folder(corpus), screen.update)
+        document = bench.bench_rag(sizes, None if quick else corpus_folder(corpus), corpus_embedder, screen.update)
     rows = [(name, method, *of.values()) for name, by_method in document["recall"].items() for method, of in by_method.items()]
     table("What is found", ["set", "method", "recall@1", "recall@5", "recall@10", "MRR", "nDCG@10"], rows)
     tried = [(option, *of.values()) for option, of in document["options"].items()]

@@ -37,12 +37,13 @@ QUICK_VECTORS, FULL_VECTORS = (200_000,), (200_000, 1_000_000)
 Progress = Callable[[str, int, int], None]
 
 
-def bench_rag(vector_counts: Sequence[int], corpus: Path | None, progress: Progress) -> dict[str, Any]:
+def bench_rag(vector_counts: Sequence[int], corpus: Path | None, corpus_embedder: str, progress: Progress) -> dict[str, Any]:
     """Return the document of a run; `left_out` in it says what was not measured, and how it would be.
 
     Args:
         vector_counts: sizes of the approximate search.
         corpus: holds the packages of labs.bench.rag_corpus; None leaves them out.
+        corpus_embedder: makes the vectors of the corpus.
         progress: is told (stage, done, total).
 
     Raises:
@@ -55,7 +56,7 @@ def bench_rag(vector_counts: Sequence[int], corpus: Path | None, progress: Progr
         raise ConfigError("rank_bm25 is not installed", "what search by words is compared with", "make bench-rag")
     use_all_cores()
     reranker = load_reranker(RERANKER)
-    pages = read_corpus(corpus, cache_folder(), progress) if corpus else None
+    pages = read_corpus(corpus, cache_folder(), corpus_embedder, progress) if corpus else None
     with TemporaryDirectory() as folder, indexes_in(Path(folder) / "index"):
         retriever, first_seconds, again_seconds = xquad_index(Path(folder), progress)
         sets = [*xquad_sets(retriever), knowledge_set(progress), *(pages.sets if pages else ())]

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 PACKAGES = {"python3.11-doc": "python3.11/html", "postgresql-doc-15": "postgresql-doc-15/html", "git-doc": "git-doc"}
 GET_THEM = f"apt-get install {' '.join(PACKAGES)}"
 DEFAULT_FOLDER = Path("/usr/share/doc")
-EMBEDDER = "minilm-int8"  # minilm would take too long for so many passages
+EMBEDDER = "minilm-int8"  # if not told otherwise; minilm would take too long for so many passages
 MOST_QUESTIONS, SAMPLE_SEED = 500, 13
 PARTS = ("dev", "test")
 
@@ -78,24 +78,26 @@ def cache_folder() -> Path:
     return ROOT / ".cache" / "bench"
 
 
-def read_corpus(folder: Path, kept: Path, progress: Progress) -> Corpus:
+def read_corpus(folder: Path, kept: Path, embedder_name: str, progress: Progress) -> Corpus:
     """Copy the pages, bring the index up to date, and make the questions.
 
     Args:
         folder: holds the packages.
         kept: for pages and index.
+        embedder_name: of the catalogue; each has an index of its own.
         progress: is told the steps.
     """
     from pipelines.rag.embed import load_embedder
     from pipelines.rag.index import open_index, sync
     from pipelines.rag.retrieve import Retriever
 
-    config = load(named("rag", "default"), RagConfig, [f"embedder={EMBEDDER}"])
+    config = load(named("rag", "default"), RagConfig, [f"embedder={embedder_name}"])
     embedder = load_embedder(config.embedder)
     pages = _copied(folder, kept / "pages")
     with indexes_in(kept / "index"):
-        report = sync(kept / "pages", "docs", config, embedder, progress)
-        retriever = Retriever(open_index("docs", embedder), embedder, config)
+        name = f"docs-{embedder_name}"
+        report = sync(kept / "pages", name, config, embedder, progress)
+        retriever = Retriever(open_index(name, embedder), embedder, config)
     found = posed(_read(pages, kept / "pages", progress))
     sets, lost = _sets(found, retriever)
     facts: dict[str, float | str] = {

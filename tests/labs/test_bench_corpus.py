@@ -107,7 +107,7 @@ def test_a_corpus_is_indexed_once_and_every_answer_is_found(
 ) -> None:
     monkeypatch.setattr(rag_corpus, "EMBEDDER", "minilm")
     kept = tmp_path / "kept"
-    corpus = read_corpus(packages, kept, lambda *_: None)
+    corpus = read_corpus(packages, kept, "minilm-int8", lambda *_: None)
     assert corpus.facts["pages"] == 4 and corpus.facts["embedded"] == corpus.facts["chunks"] > 10
     assert corpus.facts["questions_possible"] == 13 and corpus.facts["answers_in_no_chunk"] == 0
     assert [s.name for s in corpus.sets] == [f"{kind}_{part}" for kind in rag.KINDS for part in ("dev", "test")]
@@ -121,7 +121,7 @@ def test_a_corpus_is_indexed_once_and_every_answer_is_found(
     page = packages / "git-doc" / "git-commit.html"
     page.write_text(ASCIIDOC.replace("all of the commits should", "all of the commits must"))
     (packages / "python3.11" / "html" / "index.html").unlink()
-    again = read_corpus(packages, kept, lambda *_: None)
+    again = read_corpus(packages, kept, "minilm-int8", lambda *_: None)
     assert (again.facts["pages"], again.facts["embedded"]) == (3, 1)
 
 
@@ -129,7 +129,7 @@ def test_an_answer_that_no_chunk_holds_is_counted(packages: Path, tmp_path: Path
     monkeypatch.setattr(rag_corpus, "EMBEDDER", "minilm")
     lost = [Posed("docs_definitions", "What does git frobnicate?", "git-doc/git-commit.html", "Frobnicates everything")]
     monkeypatch.setattr(rag_corpus, "posed", lambda pages: posed(pages) + lost)
-    assert read_corpus(packages, tmp_path / "kept", lambda *_: None).facts["answers_in_no_chunk"] == 1
+    assert read_corpus(packages, tmp_path / "kept", "minilm-int8", lambda *_: None).facts["answers_in_no_chunk"] == 1
 
 
 def test_where_the_packages_are(packages: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
