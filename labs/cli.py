@@ -19,7 +19,7 @@ from typer.core import TyperGroup
 from labs.bench.commands import bench_app
 from labs.data import data_app
 from labs.index import index_app
-from labs.runs import runs_app
+from labs.runs import runs_app, tuned_run
 from pipelines.errors import LabError
 from pipelines.hardware import OPENMP_ENVIRONMENT
 
@@ -187,7 +187,7 @@ def eval_(
     from pipelines.evaluate.reader import evaluate
 
     with CountScreen() as screen:
-        result = evaluate(_tuned(name, run), limit, screen.update)
+        result = evaluate(tuned_run(name, run), limit, screen.update)
     show_scores(result.json("scores.json"))
     say(f"run {result.id}; chart and every reply are in {result.path}")
     json_line(result.facts)
@@ -220,7 +220,7 @@ def export(
     from pipelines.export.job import export as make
 
     with CountScreen() as screen:
-        made = make(_tuned(name, run), quantisation, screen.update)
+        made = make(tuned_run(name, run), quantisation, screen.update)
     rows = [(step, f"{d['mean']:.2e}", f"{d['worst']:.2e}", f"{d['same_first_choice']:.0%}")
             for step in STEPS if (d := made.json(DIVERGENCE_FILE).get(step))]  # fmt: skip
     table("Divergence from the step before (KL in nats)", ["step", "mean", "worst", "same first choice"], rows)
@@ -302,19 +302,6 @@ def demo(recipe: Annotated[str, typer.Option(help="The recipe to tune with.")] =
     from labs.demo import demo as run_demo
 
     run_demo(recipe)
-
-
-def _tuned(name: str, run_id: str | None) -> Any:
-    from pipelines import catalogue, runs
-    from pipelines.tune.finetune import KIND
-
-    catalogue.runnable(name)
-    found = runs.find(run_id) if run_id else runs.latest(KIND, name)
-    if found and (found.kind, found.model) != (KIND, name):
-        raise LabError(f"run {found.id} is {found.kind} of {found.model}", f"{KIND} of {name}", "llmlab runs")
-    if found is None:
-        raise LabError(f"there is no finished finetune run of {name}", "a tuned model", f"make finetune MODEL={name}")
-    return found
 
 
 def _said(fact: Any) -> str:

@@ -1,12 +1,15 @@
-"""`llmlab runs`: the finished runs, and of each its facts, files, proof card and passport."""
+"""`llmlab runs`: the finished runs, and of each its facts, files, proof card and passport; which of them a command means."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from pipelines.errors import LabError
+
+if TYPE_CHECKING:
+    from pipelines.runs import Run
 
 runs_app = typer.Typer(invoke_without_command=True, help="Finished runs and their passports. Example: llmlab runs list")
 
@@ -58,6 +61,25 @@ def runs_show(run_id: str) -> None:
     passport += [("made from", i["kind"], i["id"], i["fingerprint"][:16]) for i in run.inputs]
     passport += [("base", weights["hub"], weights["revision"][:12], weights.get("package") or "")] if weights else []
     table("Passport", ["", "kind", "id", "fingerprint"], passport)
+
+
+def tuned_run(name: str, run_id: str | None) -> Run:
+    """Return a finetune run of a model: the one that was named, or the newest.
+
+    Raises:
+        UnknownName: there is no such model or run.
+        LabError: the run is of another kind or model, or there is none; says the command that makes one.
+    """
+    from pipelines import catalogue, runs
+    from pipelines.tune.finetune import KIND
+
+    catalogue.runnable(name)
+    found = runs.find(run_id) if run_id else runs.latest(KIND, name)
+    if found and (found.kind, found.model) != (KIND, name):
+        raise LabError(f"run {found.id} is {found.kind} of {found.model}", f"{KIND} of {name}", "llmlab runs")
+    if found is None:
+        raise LabError(f"there is no finished finetune run of {name}", "a tuned model", f"make finetune MODEL={name}")
+    return found
 
 
 def _short_facts(facts: dict[str, Any]) -> str:

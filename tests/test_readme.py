@@ -80,6 +80,19 @@ def test_the_comparison_of_searches_shows_what_was_measured() -> None:
         assert re.search(rf"\| `?{re.escape(option)}`? \| {re.escape(shown)} \| \d+ \|", table), option
 
 
+def test_the_answers_show_what_was_measured() -> None:
+    figures = json.loads((ROOT / "labs" / "measured" / "answers.json").read_text(encoding="utf-8"))
+    table = README.split("<!-- labs/measured/answers.json -->")[1].split("\n**")[0]
+    base, tuned = figures["base"], figures["tuned"]
+    assert f"| {figures['questions']} questions, {figures['unanswerable']} of them asked again without their paragraph |" in table
+    for key in base.keys() - {"counts"}:
+        shown = ["none" if share is None else f"{share:.2f}" for share in (base[key], tuned[key])]
+        assert f"| {' | '.join(shown)} |" in table, key
+    for part in ("abstained_unanswerable", "abstained_answerable"):
+        shown = [f"{by['retrieval']} + {by['model']}" for by in (base["counts"][part], tuned["counts"][part])]
+        assert f"| {' | '.join(shown)} |" in table, part
+
+
 def test_pictures_exist_and_the_output_shows_an_answer_and_an_abstention() -> None:
     pictures = re.findall(r"!\[[^]]*\]\(([^)]+)\)", README)
     assert pictures

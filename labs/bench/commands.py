@@ -81,6 +81,45 @@ def rag(
     json_line(document)
 
 
+@bench_app.command()
+def answers(
+    name: Annotated[str, typer.Argument(help="A name from `llmlab models`.")] = "smollm2-135m",
+    quick: Annotated[bool, typer.Option("--quick", help="Under 5 minutes: a quarter of the questions.")] = False,
+    run: Annotated[str | None, typer.Option(help="Id of a finetune run; the newest if not given.")] = None,
+    questions: Annotated[int | None, typer.Option(min=1, help="Test questions for each model; 100 if not given.")] = None,
+    unanswerable: Annotated[
+        int | None, typer.Option(min=1, help="How many are asked again without what answers them; 50 if not given.")
+    ] = None,
+) -> None:
+    """Measure answers from retrieved passages (XQuAD), base against tuned: quality, citations, abstention.
+
+    Examples: llmlab bench answers --quick; llmlab bench answers smollm2-135m --questions 200
+    """
+    from labs.bench import answers as bench
+    from labs.runs import tuned_run
+    from labs.screen import CountScreen, json_line, say
+
+    asked = questions or (bench.QUICK_QUESTIONS if quick else bench.FULL_QUESTIONS)
+    without = unanswerable or (bench.QUICK_UNANSWERABLE if quick else bench.FULL_UNANSWERABLE)
+    tuned = tuned_run(name, run)
+    with CountScreen() as screen:
+        document = bench.bench_answers(tuned, asked, without, screen.update, say)
+    _show_answers(document)
+    json_line(document)
+
+
+def _show_answers(document: dict[str, Any]) -> None:
+    from labs.bench.answers import KINDS, WHO_ABSTAINS
+    from labs.screen import table
+
+    shares = [key for key in document["tuned"] if key != "counts"]
+    rows = [(key.replace("_", " "), *(document[kind][key] for kind in KINDS)) for key in shares]
+    table(f"{document['questions']} questions, {document['unanswerable']} unanswerable", ["share", *KINDS], rows)
+    who = [(f"{part}, by {who}", *(document[kind]["counts"][f"abstained_{part}"][who] for kind in KINDS))
+           for part in ("answerable", "unanswerable") for who in WHO_ABSTAINS]  # fmt: skip
+    table("Abstained from", ["questions", *KINDS], who)
+
+
 def _show(document: dict[str, Any]) -> None:
     from labs.screen import table
 
