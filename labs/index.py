@@ -90,11 +90,12 @@ def calibrate(
     """Learn below which sign a question has no answer. Example: llmlab index calibrate notes --questions asked.jsonl."""
     from labs.screen import CountScreen, json_line, say
     from pipelines.rag.abstention import learn, read_questions, save
-    from pipelines.rag.retrieve import open_retriever
+    from pipelines.rag.index import open_index
+    from pipelines.rag.retrieve import Retriever
 
     config, embedder = _config(set_)
     asked = read_questions(questions)
-    retriever = open_retriever(name, embedder, config)
+    retriever = Retriever(open_index(name, embedder, config.store), embedder, config)
     with CountScreen() as screen:
         found = learn(retriever, asked, at_most, lambda done, total: screen.update("ask", done, total))
     save(name, found)

@@ -41,8 +41,9 @@ async def fitting(question: str, hits: Sequence[Hit], upstream: Upstream, max_to
         max_tokens: of the whole prompt.
 
     Raises:
-        EngineError: the engine does not answer.
+        EngineError: the engine does not run, or does not answer.
     """
+    upstream.check_up()
     count = len(hits)
     chat = messages(question, hits[:count])
     while count > 1 and _bytes(chat) > max_tokens:

@@ -23,7 +23,7 @@ from pipelines.errors import LabError
 from pipelines.rag.answer import ABSTENTION, Reply, parse
 from serving import limits
 from serving.openai_api import SSE_HEADERS
-from serving.packing import fitting
+from serving.packing import Packed, fitting
 from serving.problems import lab_body, unexpected
 from serving.rag_events import AnswerReader, Step
 from serving.service import Service
@@ -149,10 +149,12 @@ async def _steps(query: Query, service: Service) -> AsyncIterator[Step]:
     length = limits.check_max_tokens(query.max_tokens, service.config)
     model = limits.check_model(query.model or service.names[-1], service.names)
     service.knowledge.require()
-    service.upstream.check_up()
     found = await service.knowledge.retrieve(query.question, k, query.where)
     _count_retrieval(found)
-    packed = await fitting(query.question, found.hits, service.upstream, _room(service, length))
+    if found.answerable and found.hits:
+        packed = await fitting(query.question, found.hits, service.upstream, _room(service, length))
+    else:
+        packed = Packed([], found.hits, ())
     hits = packed.hits if found.answerable else ()
     passages = _passages(packed.hits)
     yield "passages", {"passages": passages}
@@ -202,8 +204,9 @@ def _timings(began: float, found: Retrieved, meter: Meter) -> dict[str, float | 
     """Return the seconds of each stage, and put those of the engine into the metrics."""
     now, first = time.perf_counter(), meter.first_token
     prompt, generate = (first - meter.began, now - first) if first else (now - meter.began, 0.0)
-    RAG_STAGE_DURATION.labels(stage="prompt").observe(prompt)
-    RAG_STAGE_DURATION.labels(stage="generate").observe(generate)
+    if first:
+        RAG_STAGE_DURATION.labels(stage="prompt").observe(prompt)
+        RAG_STAGE_DURATION.labels(stage="generate").observe(generate)
     return {
         "embed_seconds": found.embed_seconds, "search_seconds": found.search_seconds, "prompt_seconds": prompt,
         "generate_seconds": generate, "ttft_seconds": first - began if first else None, "total_seconds": now - began,

@@ -142,6 +142,8 @@ class Upstream:
         self.check_up()
         try:
             return await run_in_threadpool(count)
+        except httpx.TimeoutException:
+            raise self._silent() from None
         except httpx.HTTPStatusError as error:
             raise self._refusal(error.response.status_code, _error_object(error.response.content)) from None
         except httpx.HTTPError as error:
@@ -163,10 +165,13 @@ class Upstream:
                     raise self._refusal(reply.status_code, _error_object(await reply.aread()))
                 yield reply
         except httpx.TimeoutException:
-            raise EngineSilent(f"the engine was silent for {self.silence_seconds:g} s", "an answer",
-                               "a shorter request, or serve with more request_seconds") from None  # fmt: skip
+            raise self._silent() from None
         except httpx.HTTPError as error:
             raise self._lost(f"({type(error).__name__})") from None
+
+    def _silent(self) -> EngineSilent:
+        return EngineSilent(f"the engine was silent for {self.silence_seconds:g} s", "an answer",
+                            "a shorter request, or serve with more request_seconds")  # fmt: skip
 
     def _refusal(self, status: int, error: Mapping[str, Any]) -> Exception:
         return from_engine(status, error, self.engine.overflow(error))

@@ -131,7 +131,7 @@ def _copied(folder: Path, target: Path) -> list[Path]:
 
 def _read(pages: list[Path], root: Path, progress: Progress) -> Iterator[tuple[str, str]]:
     for done, page in enumerate(pages, 1):
-        yield page.relative_to(root).as_posix(), page.read_text(encoding="utf-8")
+        yield page.relative_to(root).as_posix(), page.read_text(encoding="utf-8", errors="replace")
         progress("make questions", done, len(pages))
 
 
@@ -143,7 +143,7 @@ def _sets(questions: list[Posed], retriever: Retriever) -> tuple[tuple[Set, ...]
     asked: dict[tuple[str, str], list[Asked]] = {(kind, part): [] for kind in KINDS for part in PARTS}
     lost = 0
     for source, some in groupby(sorted(questions, key=attrgetter("source")), key=attrgetter("source")):
-        chunks = [(chunk, one_line(chunk.text)) for chunk in by_source[source]]
+        chunks = [(chunk, one_line(chunk.text)) for chunk in by_source.get(source, ())]
         for question in some:
             right = frozenset(_key(question.kind)(chunk) for chunk, text in chunks if _answers(question, chunk, text))
             lost += not right

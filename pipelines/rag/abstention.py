@@ -6,12 +6,15 @@ by their rarity, that one of the first passages has. Below the threshold the que
 It is learned from questions whose answers are known to be there. Each is asked twice, once of all documents and once without
 the document that answers it, as the hardest question that has no answer: its subject is there and its answer is not. The
 threshold is what at most a stated share of the answerable questions stay below; how many of the others it catches is told.
-It lies beside the generations of its index, so a sync keeps it, and holds for one embedder only.
+It lies beside the generations of its index, so a sync of the same folder keeps it; with another embedder, another folder or
+another weighing it does not hold, and is left alone.
 Run: llmlab index calibrate knowledge --questions questions.jsonl
 """
 
 from __future__ import annotations
 
+import difflib
+import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -23,8 +26,7 @@ from pipelines.rag import generation
 from pipelines.runs import disk_trouble_is_explained, write_text
 
 if TYPE_CHECKING:
-    from pipelines.rag.index import Index
-    from pipelines.rag.ranking import Ranked
+    from pipelines.rag.index import Index, RagConfig
     from pipelines.rag.retrieve import Retriever
 
 FILE, FORMAT = "abstention.json", 1
@@ -56,7 +58,7 @@ class Threshold:
         answerable: how many questions had an answer.
         unanswerable: how many had none.
         auc: of the sign: how often it is larger for an answerable question than for another.
-        fingerprint: of the embedder.
+        holds_for: what decides the sign: embedder, folder of the documents, and fields of the configuration.
     """
 
     value: float
@@ -65,18 +67,22 @@ class Threshold:
     answerable: int
     unanswerable: int
     auc: float
-    fingerprint: str
+    holds_for: str
 
 
-def sign(index: Index, question: str, ranked: Ranked) -> float:
-    """Return how much speaks for an answer in the passages of a ranking, 0..1."""
-    rows = ranked.rows[:LOOKED_AT]
-    if not len(rows):
+def sign(index: Index, question: str, rows: Sequence[int], cosines: Sequence[float]) -> float:
+    """Return how much speaks for an answer in some passages, 0..1.
+
+    Args:
+        index: that they are of.
+        question: what is asked.
+        rows: of the passages; the best `LOOKED_AT` count.
+        cosines: of question and passages; none if only words were asked.
+    """
+    if not rows:
         return 0.0
-    said = float(index.words.shares(question, rows.tolist()).max())
-    if ranked.cosines is None:
-        return said
-    return (max(0.0, float(ranked.cosines[:LOOKED_AT].max())) + said) / 2
+    said = float(index.words.shares(question, rows[:LOOKED_AT]).max())
+    return (max(0.0, *cosines[:LOOKED_AT]) + said) / 2 if cosines else said
 
 
 def learn(retriever: Retriever, asked: Sequence[Asked], at_most: float, report: Callable[[int, int], None]) -> Threshold:
@@ -89,11 +95,11 @@ def learn(retriever: Retriever, asked: Sequence[Asked], at_most: float, report: 
         report: is told (questions done, questions in all).
 
     Raises:
-        DataError: a source is not in the index, or there are fewer than `FEWEST` questions with or without an answer.
+        DataError: a source is not in the index, a question cannot be asked, or fewer than `FEWEST` have a source.
     """
     import numpy as np
 
-    _check(retriever.index, asked)
+    _check(retriever, asked)
     sources = np.array([chunk.source for chunk in retriever.index.chunks])
     with_answer: list[float] = []
     without: list[float] = []
@@ -107,7 +113,7 @@ def learn(retriever: Retriever, asked: Sequence[Asked], at_most: float, report: 
     value = float(there[int(at_most * len(there))])
     larger = (there[:, None] > absent[None]).mean() + (there[:, None] == absent[None]).mean() / 2
     return Threshold(value, float((there < value).mean()), float((absent < value).mean()), len(there), len(absent),
-                     float(larger), retriever.embedder.fingerprint)  # fmt: skip
+                     float(larger), _holds_for(retriever.index, retriever.config))  # fmt: skip
 
 
 def save(name: str, threshold: Threshold) -> Path:
@@ -118,18 +124,23 @@ def save(name: str, threshold: Threshold) -> Path:
     return path
 
 
-def kept(name: str, fingerprint: str) -> Threshold | None:
-    """Return the threshold of an index; None if there is none for this embedder."""
-    path = generation.folder_of(name) / FILE
+def kept(index: Index, config: RagConfig) -> Threshold | None:
+    """Return the threshold of an index; None if there is none for this embedder, these documents and this configuration.
+
+    Raises:
+        DataError: the file is broken.
+    """
+    path, name = generation.folder_of(index.name) / FILE, index.name
     try:
         held = json.loads(path.read_text(encoding="utf-8"))
-        found = Threshold(**{key: value for key, value in held.items() if key != "format"})
+        version, value = held.pop("format"), float(held.pop("value"))
+        found = Threshold(value, **held)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, TypeError, AttributeError):
+    except (OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError):
         raise DataError(f"{path} cannot be read", "what llmlab index calibrate wrote",
                         f"llmlab index calibrate {name}, or delete the file") from None  # fmt: skip
-    return found if (held["format"], found.fingerprint) == (FORMAT, fingerprint) else None
+    return found if (version, found.holds_for) == (FORMAT, _holds_for(index, config)) else None
 
 
 def learned_at(name: str) -> int | None:
@@ -147,7 +158,7 @@ def read_questions(path: Path) -> list[Asked]:
         DataError: the file cannot be read, or a line is something else; says which.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read ({type(error).__name__})", "a file of JSON lines") from None
     return [_question(path, number, line) for number, line in enumerate(lines, 1) if line.strip()]
@@ -165,11 +176,18 @@ def _question(path: Path, number: int, line: str) -> Asked:
     return found
 
 
-def _check(index: Index, asked: Sequence[Asked]) -> None:
-    sources = {chunk.source for chunk in index.chunks}
-    strange = next((one.source for one in asked if one.source is not None and one.source not in sources), None)
-    if strange is not None:
-        raise DataError(f"no chunk is of the document {strange!r}", "a source as llmlab index diff shows it")
+def _holds_for(index: Index, config: RagConfig) -> str:
+    facts = [index.manifest["fingerprint"], index.manifest["docs"], config.dense_weight, config.candidates, config.stemmer]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+def _check(retriever: Retriever, asked: Sequence[Asked]) -> None:
+    sources = sorted({chunk.source for chunk in retriever.index.chunks})
+    for one in asked:
+        retriever.check(one.text, LOOKED_AT)
+        if one.source is not None and one.source not in sources:
+            near = difflib.get_close_matches(one.source, sources, n=3, cutoff=0.0)
+            raise DataError(f"no chunk is of the document {one.source!r}", f"a source of the index, such as {', '.join(near)}")
     there = sum(one.source is not None for one in asked)
     if there < FEWEST:
         raise DataError(f"{there} questions have a source", f"at least {FEWEST}, or the threshold says little")

@@ -135,8 +135,10 @@ def switch(folder: Path, generation: str, report: Progress) -> None:
 
 
 def forget(folder: Path) -> None:
-    """Remove every generation, so that none serves."""
+    """Remove every generation and what was learned about them, so that none serves."""
     (folder / CURRENT).unlink(missing_ok=True)
+    for path in folder.glob("*.json"):
+        path.unlink()
     sync(folder)
     for path in folder.iterdir():
         if path.is_dir():

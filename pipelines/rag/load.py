@@ -24,7 +24,7 @@ from pipelines.rag.readers.section import Read, Reader, Section, Unreadable, sto
 __all__ = ["KINDS", "READERS_VERSION", "Document", "File", "Section", "Skipped", "document_files", "files_below", "load",
            "nothing_in", "read"]  # fmt: skip
 
-READERS_VERSION = 2  # raise it when a reader reads something else from the same file
+READERS_VERSION = 3  # raise it when a reader reads something else from the same file
 MAX_BYTES = 200_000_000  # of any file, before it is read
 
 # kind -> reader and the file names it takes

@@ -13,10 +13,8 @@ import re
 MOST_PARTS, FEWEST_WORDS = 4, 3
 
 _ASKS = r"(?:who|whom|whose|what|when|where|which|why|how)"
-_BOUNDARY = re.compile(
-    rf"[?.!;]\s+|,?\s+(?:and|or)\s+(?=(?:(?:in|at|on|by|for|from|to|of)\s+)?{_ASKS}\b)|,\s+(?={_ASKS}\b)",
-    re.IGNORECASE,
-)
+_NEXT = rf"(?=(?:(?:in|at|on|by|for|from|to|of)\s+)?{_ASKS}\b)"
+_BOUNDARY = re.compile(rf"\?\s+|[.!;,]\s+{_NEXT}|,?\s+(?:and|or)\s+{_NEXT}", re.IGNORECASE)
 
 
 def parts(question: str) -> list[str]:

@@ -85,15 +85,16 @@ def diversified(scores: Sequence[float], vectors: np.ndarray, k: int, diversity:
     Maximal marginal relevance (Carbonell & Goldstein 1998): (1 - diversity) * score - diversity * largest cosine to a chosen one.
 
     Args:
-        scores: of the candidates, the best first, 0..1.
+        scores: of the candidates, the best first; each counts as its share of the best.
         vectors: of length 1, [candidates, dimension].
         k: at least 1; fewer if there are fewer.
         diversity: 0 keeps the order, 1 looks at likeness only.
     """
     chosen: list[int] = []
+    best_score = max(0.0, *scores) or 1.0 if scores else 1.0
     left, likeness = list(range(len(scores))), np.zeros(len(scores))
     while left and len(chosen) < k:
-        best = max(left, key=lambda place: (1 - diversity) * scores[place] - diversity * likeness[place])
+        best = max(left, key=lambda place: (1 - diversity) * scores[place] / best_score - diversity * likeness[place])
         left.remove(best)
         chosen.append(best)
         likeness = np.maximum(likeness, vectors @ vectors[best])

@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 NONE = "none"
 KEPT_PASSAGES = 1000  # whose states stay in memory, about 75 kB each
 TEXTS_AT_ONCE = 8
-MAX_TOKENS = 256
 
 
 class Reranker(Protocol):
@@ -50,14 +49,21 @@ class MaxSim:
 
     Args:
         folder: of MiniLM's weights and tokenizer.
+        max_tokens: of a text; of a longer one, as of another embedder, the beginning is read.
+
+    Raises:
+        ConfigError: a file is broken.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, max_tokens: int) -> None:
         from tokenizers import Tokenizer
 
-        self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        try:
+            self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        except Exception as error:  # the library raises no narrower one
+            raise ConfigError(f"{folder / 'tokenizer.json'} is not a tokenizer ({error})", PUBLISHED) from None
         self._tokenizer.no_padding()
-        self._tokenizer.enable_truncation(MAX_TOKENS)  # a passage of another embedder may be longer: its beginning counts
+        self._tokenizer.enable_truncation(max_tokens)
         self._model = load_model(folder)
         self._states: OrderedDict[str, np.ndarray] = OrderedDict()
         self._lock = threading.Lock()
@@ -112,13 +118,14 @@ class CrossEncoder:
 
     Args:
         folder: of its weights and tokenizer.
-        max_tokens: of question and passage together; of a longer passage, the beginning is read.
+        max_tokens: of question and passage together; of what is longer, the beginning is read.
 
     Raises:
         ConfigError: the files are no such model, or lack some of its weights, which would be random then.
     """
 
     def __init__(self, folder: Path, max_tokens: int) -> None:
+        import torch
         from safetensors import SafetensorError
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -126,7 +133,7 @@ class CrossEncoder:
             self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
             with quiet_loading():
                 model, found = AutoModelForSequenceClassification.from_pretrained(
-                    folder, local_files_only=True, use_safetensors=True, output_loading_info=True
+                    folder, local_files_only=True, use_safetensors=True, dtype=torch.float32, output_loading_info=True
                 )
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise ConfigError(f"{folder} holds no cross-encoder ({error})".splitlines()[0], PUBLISHED) from None
@@ -146,7 +153,7 @@ class CrossEncoder:
             texts = list(passages[first : first + TEXTS_AT_ONCE])
             with self._lock:  # truncation and padding are a state of the tokenizer
                 batch: Any = self._tokenizer(
-                    [question] * len(texts), texts, padding=True, truncation="only_second", max_length=self._max_tokens,
+                    [question] * len(texts), texts, padding=True, truncation=True, max_length=self._max_tokens,
                     return_tensors="pt",
                 )  # fmt: skip
             with torch.inference_mode():
@@ -168,7 +175,7 @@ def load_reranker(name: str) -> Reranker | None:
 
     entry = rerankers.find(name)
     folder = places.obtain(entry, pull=False, say=str)
-    return MaxSim(folder) if entry.kind == "maxsim" else CrossEncoder(folder, entry.max_tokens)
+    return (MaxSim if entry.kind == "maxsim" else CrossEncoder)(folder, entry.max_tokens)
 
 
 def blended(before: np.ndarray, reranked: np.ndarray, weight: float) -> np.ndarray:

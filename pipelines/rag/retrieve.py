@@ -10,11 +10,12 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from pipelines.errors import DataError
 from pipelines.rag.abstention import LOOKED_AT, kept, sign
-from pipelines.rag.context import widened
+from pipelines.rag.context import joined_text, widened
 from pipelines.rag.embed import Embedder
 from pipelines.rag.index import MAX_K, Hit, Index, RagConfig, open_index
 from pipelines.rag.parts import parts
@@ -80,7 +81,7 @@ class Retriever:
         """
         from pipelines.rag.ranking import rank
 
-        self._check(question, k)
+        self.check(question, k)
         allowed = None if where is None else self.index.rows_where(where)
         started = time.perf_counter()
         texts = [question, *(parts(question) if self.config.split_questions else ())]
@@ -94,18 +95,31 @@ class Retriever:
             if len(hits) >= k or depth >= len(self.index if allowed is None else allowed):
                 break
             depth *= 2
-        told = sign(self.index, question, rankings[0])
+        told = self._sign(question, rankings[0])
         if self.config.neighbours:
             hits = widened(hits, self.index, self.config.neighbours, partial(self._may_be_shown, allowed))
         return Retrieved(tuple(hits), tuple(held_back), told, self.threshold is None or told >= self.threshold,
                          embedded - started, time.perf_counter() - embedded, self)  # fmt: skip
+
+    def check(self, question: str, k: int) -> None:
+        """Raise `DataError` for what `retrieve` refuses."""
+        if not 1 <= k <= MAX_K:
+            raise DataError(f"{k} passages were asked for", f"a number from 1 to {MAX_K}")
+        if not question.strip():
+            raise DataError("the question is empty", "a question")
+        if any("\ud800" <= character <= "\udfff" for character in question):
+            raise DataError("the question is not valid Unicode", "text that can be written as UTF-8")
+        tokens = self.embedder.token_count(question, question=True)
+        if tokens > self.embedder.max_tokens:
+            limit = f"at most {self.embedder.max_tokens}, since the embedder reads no more"
+            raise DataError(f"the question has {tokens} tokens", limit)
 
     def sign(self, question: str, allowed: np.ndarray | None = None) -> float:
         """Return how much speaks for an answer, 0..1, among all chunks or those of some rows (sorted)."""
         from pipelines.rag.ranking import rank
 
         vector = self.embedder.embed_questions([question])[0] if self.config.dense_weight else None
-        return sign(self.index, question, rank(self.index, self.config, question, vector, LOOKED_AT, allowed))
+        return self._sign(question, rank(self.index, self.config, question, vector, MAX_K, allowed))
 
     def reranked(self, question: str, ranked: Ranked) -> Ranked:
         """Return a ranking after the reranker has read its best candidates; as it is if there is none."""
@@ -127,6 +141,12 @@ class Retriever:
         reranked = [self.reranked(text, ranked) for text, ranked in zip(texts, rankings, strict=True)]
         return reranked[0] if len(reranked) == 1 else joined(reranked)
 
+    def _sign(self, question: str, ranked: Ranked) -> float:
+        """Return the sign of the best passages that are not held back."""
+        told = (one for one in ranked if self._reason_of([one[0]]) is None)
+        best = list(islice(told, LOOKED_AT))
+        return sign(self.index, question, [row for row, _, _ in best], [cosine for _, _, cosine in best if cosine is not None])
+
     def _chosen(self, ranked: Ranked, k: int) -> tuple[list[Hit], list[tuple[Hit, str]]]:
         """Return the hits, and what stands before the last of them and is held back."""
         from pipelines.rag.ranking import diversified
@@ -134,7 +154,7 @@ class Retriever:
         hits, held_back = [], []
         for row, score, cosine in ranked:
             hit = self.index.hit(row, score, cosine)
-            reason = self._reason(hit.title, hit.text)
+            reason = self._reason_of([row])
             if reason:
                 held_back.append((hit, reason))
             else:
@@ -145,26 +165,17 @@ class Retriever:
             rows = [hit.row for hit in hits]
             hits = [hits[place] for place in diversified([hit.score for hit in hits], self.index.vectors.rows[rows], k,
                                                          self.config.diversity)]  # fmt: skip
+            worst = min((hit.score for hit in hits), default=0.0)
+            held_back = [(hit, reason) for hit, reason in held_back if hit.score >= worst]
         return hits, held_back
 
-    def _may_be_shown(self, allowed: np.ndarray | None, row: int) -> bool:
-        chunk = self.index.chunks[row]
-        return (allowed is None or row in allowed) and self._reason(chunk.title, chunk.text) is None
+    def _may_be_shown(self, allowed: np.ndarray | None, rows: Sequence[int]) -> bool:
+        return (allowed is None or all(row in allowed for row in rows)) and self._reason_of(rows) is None
 
-    def _reason(self, title: str, text: str) -> str | None:
-        return reason_to_hold_back(f"{title} {text}") if self.config.screen else None
-
-    def _check(self, question: str, k: int) -> None:
-        if not 1 <= k <= MAX_K:
-            raise DataError(f"{k} passages were asked for", f"a number from 1 to {MAX_K}")
-        if not question.strip():
-            raise DataError("the question is empty", "a question")
-        if any("\ud800" <= character <= "\udfff" for character in question):
-            raise DataError("the question is not valid Unicode", "text that can be written as UTF-8")
-        tokens = self.embedder.token_count(question, question=True)
-        if tokens > self.embedder.max_tokens:
-            limit = f"at most {self.embedder.max_tokens}, since the embedder reads no more"
-            raise DataError(f"the question has {tokens} tokens", limit)
+    def _reason_of(self, rows: Sequence[int]) -> str | None:
+        """Return why some chunks of one heading, read as one text, are held back; None if they are not."""
+        text = f"{self.index.chunks[rows[0]].title} {joined_text(self.index, rows)}"
+        return reason_to_hold_back(text) if self.config.screen else None
 
 
 def open_retriever(name: str, embedder: Embedder, config: RagConfig, reranker: Reranker | None = None) -> Retriever:
@@ -184,5 +195,5 @@ def open_retriever(name: str, embedder: Embedder, config: RagConfig, reranker: R
     from pipelines.rag.rerank import load_reranker
 
     index = open_index(name, embedder, config.store)
-    threshold = kept(name, embedder.fingerprint)
+    threshold = kept(index, config)
     return Retriever(index, embedder, config, reranker or load_reranker(config.reranker), threshold.value if threshold else None)

@@ -25,7 +25,7 @@ _HTML_BLOCKS = (
     "address", "article", "aside", "blockquote", "dd", "div", "dl", "dt", "figcaption", "figure", "footer",
     "form", "header", "hr", "li", "main", "ol", "p", "pre", "section", "table", "tr", "ul",
 )  # fmt: skip
-_LONGEST_TERM = 60  # characters of a heading
+_LONGEST_TERM, _READ_OF_TERM = 60, 300  # characters of a heading, and of what it is made from
 _HTML_MARK = "\x00"  # stands around a heading; no text file that is read here holds one
 _HTML_END = "<!---->"  # ends a tag or comment that is still open, as browsers do; the parser would try at each "<" again
 _HTML_AFTER = {"br": "\n", "td": " ", "th": " "}
@@ -108,9 +108,9 @@ def _html_pieces(nodes: Iterable[PageElement], headings: bool) -> Iterator[str]:
             if node.name == "dl" and headings:
                 lists.append(False)
                 stack.append(None)
-            elif node.name == "dt" and lists and (node.get("id") or node.find(id=True)) and not _follows_term(node):
+            elif node.name == "dt" and lists and (term := _linked_term(node)):
                 lists[-1] = True
-                yield _html_heading(_level(lists), _term(node))
+                yield _html_heading(_level(lists), term)
             stack += [around or _HTML_AFTER.get(node.name, ""), *reversed(node.contents)]
 
 
@@ -127,17 +127,29 @@ def _heading(node: Tag) -> str:
     return one_line("".join(_html_pieces(node.children, headings=False))).rstrip("¶ ")
 
 
-def _term(node: Tag) -> str:
-    """Return a term as a heading; of a long one the beginning, since the whole is the text's as well."""
-    term = _heading(node)
+def _linked_term(node: Tag) -> str:
+    """Return a term that can be linked to as a heading; of a long one the beginning, since the whole is the text's as well.
+
+    Nothing for a term without an id, and for one that shares its definition with the term before it, the heading of both. Only
+    the beginning of the node is looked at: where ends are left out, all that follows is inside it.
+    """
+    from bs4.element import NavigableString, Tag
+
+    if next((one.name for one in node.previous_siblings if isinstance(one, Tag)), "") == "dt":
+        return ""
+    linked, text = bool(node.get("id")), ""
+    for inner in node.descendants:
+        if isinstance(inner, Tag):
+            if inner.name in ("dt", "dd"):
+                break
+            linked = linked or bool(inner.get("id"))
+            text += " " if inner.name in _HTML_BLOCKS or inner.name in _HTML_AFTER else ""
+        elif type(inner) is NavigableString:
+            text += inner
+        if len(text) > _READ_OF_TERM:
+            break
+    term = one_line(text).rstrip("¶ ") if linked else ""
     if len(term) <= _LONGEST_TERM:
         return term
     name = term.partition("(")[0]
     return name if len(name) <= _LONGEST_TERM else term[:_LONGEST_TERM].rpartition(" ")[0] or term[:_LONGEST_TERM]
-
-
-def _follows_term(node: Tag) -> bool:
-    """Return whether a term shares its definition with the term before it, which is the heading of both."""
-    from bs4.element import Tag
-
-    return next((one.name for one in node.previous_siblings if isinstance(one, Tag)), "") == "dt"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -46,7 +45,7 @@ def test_a_threshold_keeps_its_promise_and_tells_questions_apart(birds: Retrieve
 
 
 def test_a_kept_threshold_is_used_and_a_sync_keeps_it(
-    birds: Retriever, tmp_path: Path, config: RagConfig, minilm: Embedder, hash_embedder: Any
+    birds: Retriever, tmp_path: Path, config: RagConfig, minilm: Embedder
 ) -> None:
     question = "How is QLoRA different from LoRA?"
     assert birds.retrieve(question, 3).answerable
@@ -57,11 +56,15 @@ def test_a_kept_threshold_is_used_and_a_sync_keeps_it(
     assert not opened.retrieve(question, 3).answerable and opened.retrieve(ASKED[5].text, 3).answerable
     assert opened.retrieve(question, 3).hits  # they are shown all the same
     sync(write_pages(tmp_path / "birds", {"new.md": "# New\n\nOne more page.\n"}), "birds", config, minilm)
-    assert kept("birds", minilm.fingerprint) == found
-    assert kept("birds", hash_embedder.fingerprint) is None
+    again = open_retriever("birds", minilm, config)
+    assert again.threshold == found.value and kept(again.index, config) == found
+    assert kept(again.index, config.model_copy(update={"dense_weight": 0.0})) is None
+    other = write_pages(tmp_path / "other", {"new.md": "# New\n\nAnother folder.\n"})
+    sync(other, "birds", config, minilm)
+    assert open_retriever("birds", minilm, config).threshold is None
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"format": 1, "value": 0.5}', '{"format": 1, "more": 1}'])
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"value": 0.5}', '{"format": 1, "value": "x"}'])
 @pytest.mark.usefixtures("birds")
 def test_a_broken_file_is_told(config: RagConfig, minilm: Embedder, index_folder: Path, content: str) -> None:
     (index_folder / "birds" / abstention.FILE).write_text(content)
@@ -87,6 +90,8 @@ def test_questions_come_from_json_lines(tmp_path: Path) -> None:
 def test_too_few_questions_and_unknown_documents_are_told(birds: Retriever) -> None:
     with pytest.raises(DataError, match="5 questions have a source"):
         learn(birds, ASKED[:5], 0.02, lambda *_: None)
+    with pytest.raises(DataError, match="question is empty|surrogate|Unicode"):
+        learn(birds, [*ASKED, Asked("\ud800", None)], 0.02, lambda *_: None)
     with pytest.raises(DataError, match="'dodo.md'"):
         learn(birds, [*ASKED, Asked("Where is the dodo?", "dodo.md")], 0.02, lambda *_: None)
 

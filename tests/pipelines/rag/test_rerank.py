@@ -33,7 +33,7 @@ def words() -> Lexical:
 
 @pytest.fixture(scope="module")
 def maxsim() -> MaxSim:
-    return MaxSim(MINILM)
+    return MaxSim(MINILM, 256)
 
 
 def test_maxsim_is_the_weighed_mean_of_the_nearest_tokens(maxsim: MaxSim, words: Lexical) -> None:
@@ -95,6 +95,9 @@ def test_a_cross_encoder_reads_question_and_passage_together(tmp_path: Path, wor
         with torch.inference_mode():
             expected.append(float(torch.sigmoid(model(ids, token_type_ids=kinds).logits[0, 0])))
     assert np.allclose(CrossEncoder(tmp_path, 64).scores(QUESTION, passages, words), expected, atol=1e-5)
+    assert np.isfinite(CrossEncoder(tmp_path, 64).scores("long " * 200, passages, words)).all()
+    model.half().save_pretrained(tmp_path)
+    assert np.allclose(CrossEncoder(tmp_path, 64).scores(QUESTION, passages, words), expected, atol=1e-2)
 
 
 def test_a_blend_keeps_either_order_at_its_ends() -> None:
