@@ -178,8 +178,11 @@ def exact(chunks: list[Chunk], rows: np.ndarray, vector: np.ndarray, k: int, whe
     return {chunks[matching[n]].id: float(scores[n]) for n in np.argsort(-scores)[:k]}
 
 
-def same(found: list[tuple[str, float]], expected: dict[str, float]) -> None:
-    assert [one for one, _ in found] == list(expected)
+def same(found: list[tuple[str, float]], expected: dict[str, float], *about: object) -> None:
+    """Hold hits to an exact search; those that lie equally near may change places."""
+    assert len({one for one, _ in found}) == len(found) == len(expected), about
+    for (one, score), (other, right) in zip(found, expected.items(), strict=True):
+        assert one == other or abs(expected.get(one, score) - right) < 1e-5, about
     np.testing.assert_allclose([score for _, score in found], list(expected.values()), atol=1e-4)
 
 
@@ -229,9 +232,7 @@ def test_k_come_whenever_k_match_and_only_those_that_match(filled: Store) -> Non
     for number, vector in enumerate(vectors):
         expression, k = random_expression(drawn), drawn.choice((1, 5, 40, COUNT))
         found = filled.search(vector, k, expression)
-        expected = exact(chunks, rows, vector, k, expression)
-        assert [one for one, _ in found] == list(expected), (number, expression, plain(expression))
-        np.testing.assert_allclose([score for _, score in found], list(expected.values()), atol=1e-4)
+        same(found, exact(chunks, rows, vector, k, expression), number, expression, plain(expression))
 
 
 def test_several_threads_search_at_once(filled: Store) -> None:
