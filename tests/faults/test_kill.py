@@ -90,7 +90,7 @@ except LabError as error:
     ("options", "message"),
     [
         ("size=700k", "DiskFull no space left"),
-        ("ro", "NotWritable"),
+        pytest.param("ro", "NotWritable", marks=pytest.mark.slow),
         pytest.param("size=64m", "finished", marks=pytest.mark.slow),
     ],
 )

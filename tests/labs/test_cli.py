@@ -202,7 +202,7 @@ def test_no_space_is_explained_and_nothing_is_lost(tmp_path: Path) -> None:
     assert done.returncode == 5 and "no space left" in done.stderr and "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
+@pytest.mark.parametrize("suffix", ["jsonl", *(pytest.param(s, marks=pytest.mark.slow) for s in ("csv", "parquet"))])
 def test_the_instruction_set_is_exported(suffix: str, tmp_path: Path) -> None:
     from datasets import load_dataset
 

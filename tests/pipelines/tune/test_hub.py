@@ -47,6 +47,7 @@ def test_the_one_file_of_rows_is_fetched_once_and_no_code(hub: Hub, tmp_path: Pa
     assert Path(offline.stdout.strip()) == file, offline.stderr
 
 
+@pytest.mark.slow
 def test_a_set_of_the_hub_is_learnt(hub: Hub, tmp_path: Path) -> None:
     done = llmlab(hub, tmp_path, "finetune", "--rehearse", "--recipe", "lora-quick", "--data", "hub:team/one", "--epochs", "1",
                   "--set", "lora.rank=2", "--metrics-port", "none")  # fmt: skip

@@ -64,6 +64,7 @@ def limited(room: str, prompt: int, tiny: Path, folder: Path) -> tuple[list[str]
     return lines, json.loads(last)
 
 
+@pytest.mark.slow
 def test_a_training_without_room_goes_down_the_ladder_and_learns_the_same(tiny: Path, tmp_path: Path) -> None:
     _, free = limited("all", 40, tiny, tmp_path / "free")
     lines, tight = limited("60", 40, tiny, tmp_path / "tight")

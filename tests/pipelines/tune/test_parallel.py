@@ -57,7 +57,8 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
 SHARDED_SETTINGS = ("schedule.shard_weights=true", "schedule.checkpointing=true", "schedule.rows_per_step=5")
 
 
-@pytest.mark.parametrize("more", [(), pytest.param(SHARDED_SETTINGS, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [(), SHARDED_SETTINGS])
 def test_two_processes_learn_what_one_learns(more: Sequence[str], place: Path) -> None:
     found, cards = {}, {}
     for processes in (1, 2):
