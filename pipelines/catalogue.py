@@ -11,7 +11,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from pipelines.config import Config, load, named, names
+from pipelines.config import Config, Named, load_entry, names
 from pipelines.errors import ConfigError
 
 FACT_KEYS = (
@@ -91,10 +91,9 @@ class Rehearsal(Config):
     special_tokens: SpecialTokens
 
 
-class Model(Config):
+class Model(Named):
     """A catalogue entry."""
 
-    name: str
     title: str
     facts: dict[str, Fact]
     weights: Weights | None = None
@@ -137,10 +136,7 @@ def find(name: str) -> Model:
         UnknownName: with the valid names and the nearest one.
         ConfigError: the file does not fit the schema.
     """
-    model = load(named("models", name), Model)
-    if model.name != name:
-        raise ConfigError(f"configs/models/{name}.yaml says name: {model.name}", f"name: {name}")
-    return model
+    return load_entry("models", name, Model)
 
 
 def all_models() -> list[Model]:

@@ -33,7 +33,15 @@ class _Loader(yaml.SafeLoader):
 
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789"))
 
+
+class Named(Config):
+    """Base of the entries of a catalogue, each in a file that is called as it is."""
+
+    name: str
+
+
 C = TypeVar("C", bound=Config)
+E = TypeVar("E", bound=Named)
 
 
 def load(path: Path, kind: type[C], overrides: Sequence[str] = ()) -> C:
@@ -84,6 +92,19 @@ def named(folder: str, name: str) -> Path:
     if name not in valid:
         raise unknown(folder.rstrip("s"), name, valid)
     return CONFIGS / folder / f"{name}.yaml"
+
+
+def load_entry(folder: str, name: str, kind: type[E]) -> E:
+    """Read the entry of a catalogue, `configs/<folder>/<name>.yaml`.
+
+    Raises:
+        UnknownName: with the valid names and the nearest one.
+        ConfigError: the file does not fit `kind`, or says another name than its own.
+    """
+    found = load(named(folder, name), kind)
+    if found.name != name:
+        raise ConfigError(f"configs/{folder}/{name}.yaml says name: {found.name}", f"name: {name}")
+    return found
 
 
 def names(folder: str) -> list[str]:

@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import Field
 
-from pipelines.config import load, named, names
+from pipelines.config import load_entry, names
 from pipelines.errors import ConfigError
 from pipelines.rag.places import Entry, obtain, on_disk
 
@@ -49,12 +49,10 @@ def find(name: str) -> EmbedderConfig:
         UnknownName: with the valid names and the nearest one.
         ConfigError: the file does not fit the schema.
     """
-    entry = load(named("embedders", name), EmbedderConfig)
-    if entry.name != name:
-        raise ConfigError(f"configs/embedders/{name}.yaml says name: {entry.name}", f"name: {name}")
-    if entry.kind == "static" and entry.pooling != "mean":
+    found = load_entry(EmbedderConfig.catalogue, name, EmbedderConfig)
+    if found.kind == "static" and found.pooling != "mean":
         raise ConfigError(f"configs/embedders/{name}.yaml: a table of token vectors has no first token", "pooling: mean")
-    return entry
+    return found
 
 
 def here() -> list[str]:

@@ -15,7 +15,7 @@ from pydantic import Field
 
 from pipelines import weights
 from pipelines.catalogue import HubFiles
-from pipelines.config import ROOT, Config
+from pipelines.config import ROOT, Config, Named
 from pipelines.errors import WeightsMissing
 
 
@@ -33,11 +33,10 @@ class LocalFolder(Config):
     folder: str
 
 
-class Entry(Config):
+class Entry(Named):
     """What the entries of a catalogue of small models have in common; `catalogue` is its folder below configs."""
 
     catalogue: ClassVar[str]
-    name: str
     weights: Packaged | HubFiles | LocalFolder
     max_tokens: int = Field(ge=32, description="the longest text it reads, prefix and special tokens included")
     licence: str

@@ -6,8 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from pipelines.config import load, named
-from pipelines.errors import ConfigError
+from pipelines.config import load_entry
 from pipelines.rag.places import Entry
 
 
@@ -25,7 +24,4 @@ def find(name: str) -> RerankerConfig:
         UnknownName: with the valid names and the nearest one.
         ConfigError: the file does not fit the schema.
     """
-    entry = load(named("rerankers", name), RerankerConfig)
-    if entry.name != name:
-        raise ConfigError(f"configs/rerankers/{name}.yaml says name: {entry.name}", f"name: {name}")
-    return entry
+    return load_entry(RerankerConfig.catalogue, name, RerankerConfig)

@@ -8,6 +8,7 @@ held back too, which the answer tells.
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 
 _OLD = (
     r"(?:all |any |the |these |those |your |my )*(?:previous|prior|above|earlier|preceding|existing|original|system|initial) "
@@ -33,6 +34,7 @@ _TURN_MARK = re.compile(r"<\|[^|<>\s]{1,40}\|>|</?s>|\[/?INST\]|<</?SYS>>|<(?:st
 _INVISIBLE = re.compile(r"[\u200b-\u200f\u202a-\u202e\u2060-\u2064\ufeff\U000e0000-\U000e007f]")
 
 
+@lru_cache(maxsize=8192)
 def reason_to_hold_back(text: str) -> str | None:
     """Return what a passage does that a document should not do, None if nothing is found."""
     plain = " ".join(_INVISIBLE.sub("", text).split())

@@ -12,6 +12,8 @@ import pytest
 from pipelines.config import load, named
 from pipelines.rag.embed import Embedder, load_embedder
 from pipelines.rag.index import RagConfig
+from pipelines.rag.load import Document
+from pipelines.rag.load import load as load_documents
 
 PAGES = {
     "claude-2.md": "# Claude 2\n\n## Origin and licence\nAnthropic launched Claude 2 in July 2023. The licence is commercial.\n\n"
@@ -54,6 +56,17 @@ def write_pages(folder: Path, pages: dict[str, str]) -> Path:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text, encoding="utf-8")
     return folder
+
+
+def read_one(folder: Path, name: str, content: str | bytes) -> Document:
+    (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
+    (document,), skipped = load_documents(folder)
+    assert not skipped
+    return document
+
+
+def sections(document: Document) -> list[tuple[str, str]]:
+    return [(" > ".join(section.path), section.text) for section in document.sections]
 
 
 @pytest.fixture

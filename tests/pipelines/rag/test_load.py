@@ -11,7 +11,8 @@ from pypdf import PdfReader, PdfWriter
 from reportlab.pdfgen.canvas import Canvas
 
 from pipelines.errors import DataError
-from pipelines.rag.load import Document, load
+from pipelines.rag.load import load
+from tests.pipelines.rag.conftest import read_one, sections
 
 
 def pdf(*pages: str, title: str = "") -> bytes:
@@ -30,17 +31,6 @@ def encrypted(content: bytes, user: str) -> bytes:
     writer.encrypt(user, "owner", algorithm="AES-256")
     writer.write(buffer)
     return buffer.getvalue()
-
-
-def one(folder: Path, name: str, content: str | bytes) -> Document:
-    (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
-    (document,), skipped = load(folder)
-    assert not skipped
-    return document
-
-
-def sections(document: Document) -> list[tuple[str, str]]:
-    return [(" > ".join(section.path), section.text) for section in document.sections]
 
 
 def test_documents_come_in_order_with_their_paths(docs: Path) -> None:
@@ -63,7 +53,7 @@ def test_markdown_headings_become_paths(tmp_path: Path) -> None:
         "Before.\n# Guide to `vllm`\n## Setup <a id='x'></a>\n```sh\n# not a heading\n```\n"
         "### Deep\\_er\ntext\n\nSecond\n------\nmore\n## Empty leaf\n"
     )
-    document = one(tmp_path, "guide.md", text)
+    document = read_one(tmp_path, "guide.md", text)
     assert document.title == "Guide to vllm"
     assert sections(document) == [
         ("Guide to vllm", "Before."),
@@ -75,8 +65,10 @@ def test_markdown_headings_become_paths(tmp_path: Path) -> None:
 
 
 def test_markdown_without_a_first_level_takes_the_title_of_its_front_matter_or_file(tmp_path: Path) -> None:
-    assert sections(one(tmp_path, "a.md", "---\ntitle: 'My page'\nx: 1\n---\n## Setup\nGo.\n")) == [("My page > Setup", "Go.")]
-    assert sections(one(tmp_path, "a.md", "\ufeff## Setup\r\nGo.\r\n")) == [("a > Setup", "Go.")]
+    assert sections(read_one(tmp_path, "a.md", "---\ntitle: 'My page'\nx: 1\n---\n## Setup\nGo.\n")) == [
+        ("My page > Setup", "Go.")
+    ]
+    assert sections(read_one(tmp_path, "a.md", "\ufeff## Setup\r\nGo.\r\n")) == [("a > Setup", "Go.")]
 
 
 def test_html_keeps_what_is_read_and_drops_the_machinery(tmp_path: Path) -> None:
@@ -86,7 +78,7 @@ def test_html_keeps_what_is_read_and_drops_the_machinery(tmp_path: Path) -> None
         "<h2>First <em>part</em></h2>loose<p>One &amp; two<br>three</p>after<ul><li>a<li>b</ul><script>var x;</script><!-- no -->"
         "<h3>Table</h3><table><tr><td>x</td><td>y</td></tr></table>"
     )
-    document = one(tmp_path, "page.html", text)
+    document = read_one(tmp_path, "page.html", text)
     assert [(path, " ".join(text.split())) for path, text in sections(document)] == [
         ("Site > First part", "loose One & two three after a b"),
         ("Site > First part > Table", "x y"),
@@ -94,7 +86,7 @@ def test_html_keeps_what_is_read_and_drops_the_machinery(tmp_path: Path) -> None
 
 
 def test_pdf_pages_are_numbered(tmp_path: Path) -> None:
-    document = one(tmp_path, "report.pdf", pdf("Revenue grew.", "Costs fell.", title="Annual report"))
+    document = read_one(tmp_path, "report.pdf", pdf("Revenue grew.", "Costs fell.", title="Annual report"))
     assert [(s.path, s.text, s.page) for s in document.sections] == [
         (("Annual report",), "Revenue grew.", 1),
         (("Annual report",), "Costs fell.", 2),
@@ -102,7 +94,7 @@ def test_pdf_pages_are_numbered(tmp_path: Path) -> None:
 
 
 def test_pdf_that_needs_no_password_to_open_is_read(tmp_path: Path) -> None:
-    assert one(tmp_path, "a.pdf", encrypted(pdf("Open to read."), user="")).sections[0].text == "Open to read."
+    assert read_one(tmp_path, "a.pdf", encrypted(pdf("Open to read."), user="")).sections[0].text == "Open to read."
 
 
 def test_bad_files_are_reported_and_the_others_are_read(docs: Path) -> None:

@@ -17,21 +17,11 @@ from reportlab.lib.utils import ImageReader
 from reportlab.pdfgen.canvas import Canvas
 
 from pipelines.rag.index import RagConfig, open_index, sync
-from pipelines.rag.load import KINDS, Document, load
+from pipelines.rag.load import KINDS, load
 from pipelines.rag.readers import code, image, markup, office, tabular
+from tests.pipelines.rag.conftest import read_one, sections
 
 FONT = str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf")
-
-
-def one(folder: Path, name: str, content: str | bytes) -> Document:
-    (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
-    (document,), skipped = load(folder)
-    assert not skipped
-    return document
-
-
-def sections(document: Document) -> list[tuple[str, str]]:
-    return [(" > ".join(section.path), section.text) for section in document.sections]
 
 
 def reason(folder: Path, name: str, content: str | bytes) -> str:
@@ -80,7 +70,7 @@ def test_word_headings_lists_and_tables(tmp_path: Path) -> None:
         cell.text = text
     document.add_paragraph("After the table.")
     document.add_heading("Contact", 1)
-    assert sections(one(tmp_path, "policy.docx", saved(document))) == [
+    assert sections(read_one(tmp_path, "policy.docx", saved(document))) == [
         ("Travel", "Before any heading."),
         ("Travel", "Book early.\n\n- passport\n- ticket"),
         ("Travel > Rates", "city: Oslo; rate: 120 EUR\ncity: Rome; rate: 90 EUR\n\nAfter the table."),
@@ -93,11 +83,11 @@ def test_a_word_title_stands_above_its_headings(tmp_path: Path) -> None:
     document.add_heading("Handbook", 0)
     document.add_heading("Leave", 1)
     document.add_paragraph("25 days.")
-    found = one(tmp_path, "a.docx", saved(document))
+    found = read_one(tmp_path, "a.docx", saved(document))
     assert (found.title, found.kind, sections(found)) == ("Handbook", "docx", [("Handbook > Leave", "25 days.")])
     plain = word("From properties")
     plain.add_paragraph("Only text.")
-    assert sections(one(tmp_path, "a.docx", saved(plain))) == [("From properties", "Only text.")]
+    assert sections(read_one(tmp_path, "a.docx", saved(plain))) == [("From properties", "Only text.")]
 
 
 def test_word_keeps_links_and_insertions_and_merged_cells_once(tmp_path: Path) -> None:
@@ -115,12 +105,12 @@ def test_word_keeps_links_and_insertions_and_merged_cells_once(tmp_path: Path) -
     for cell, text in zip(table._cells, "abcdef", strict=True):
         cell.text = text
     table.cell(1, 0).merge(table.cell(1, 1))
-    assert sections(one(tmp_path, "a.docx", saved(document))) == [("T", "See inserted linked\n\nd e; f")]
+    assert sections(read_one(tmp_path, "a.docx", saved(document))) == [("T", "See inserted linked\n\nd e; f")]
 
 
 def test_a_csv_row_is_a_section(tmp_path: Path) -> None:
     text = 'name,city,note\nAda,London,"wrote, and\ncounted"\nBo,,\n\nCy,Rome,x,extra\n'
-    document = one(tmp_path, "people.csv", text)
+    document = read_one(tmp_path, "people.csv", text)
     assert document.kind == "table" and sections(document) == [
         ("people", "name: Ada\ncity: London\nnote: wrote, and counted"),
         ("people", "name: Bo"),
@@ -139,18 +129,18 @@ def test_a_csv_row_is_a_section(tmp_path: Path) -> None:
     ],
 )
 def test_the_delimiter_is_found(tmp_path: Path, name: str, text: str) -> None:
-    assert sections(one(tmp_path, name, text)) == [("t", "item: bread, white\nprice: 1,50")]
+    assert sections(read_one(tmp_path, name, text)) == [("t", "item: bread, white\nprice: 1,50")]
 
 
 def test_a_first_row_with_numbers_is_no_header_but_years_may_name_columns(tmp_path: Path) -> None:
-    assert sections(one(tmp_path, "t.csv", "Oslo,120\nRome,90\n")) == [
+    assert sections(read_one(tmp_path, "t.csv", "Oslo,120\nRome,90\n")) == [
         ("t", "column 1: Oslo\ncolumn 2: 120"),
         ("t", "column 1: Rome\ncolumn 2: 90"),
     ]
-    assert sections(one(tmp_path, "t.csv", "country,2019,2020\nFrance,67.1,67.2\n")) == [
+    assert sections(read_one(tmp_path, "t.csv", "country,2019,2020\nFrance,67.1,67.2\n")) == [
         ("t", "country: France\n2019: 67.1\n2020: 67.2")
     ]
-    assert sections(one(tmp_path, "t.csv", "only\nvalues\n")) == [("t", "only: values")]
+    assert sections(read_one(tmp_path, "t.csv", "only\nvalues\n")) == [("t", "only: values")]
 
 
 def test_a_record_is_a_section_with_dotted_keys(tmp_path: Path) -> None:
@@ -159,7 +149,7 @@ def test_a_record_is_a_section_with_dotted_keys(tmp_path: Path) -> None:
         {"title": "Rules", "text": "First.\n\nSecond.", "url": "https://example.org"},
         ["loose", 1],
     ]
-    document = one(tmp_path, "r.jsonl", "\n".join(map(json.dumps, rows)) + "\n\n")
+    document = read_one(tmp_path, "r.jsonl", "\n".join(map(json.dumps, rows)) + "\n\n")
     expected = [
         ("r", "id: 7\nuser.name: Ada\nuser.tags: x, y\nactive: true"),
         ("r > Rules", "First.\n\nSecond.\n\nurl: https://example.org"),
@@ -167,12 +157,12 @@ def test_a_record_is_a_section_with_dotted_keys(tmp_path: Path) -> None:
     ]
     assert document.kind == "records" and sections(document) == expected
     (tmp_path / "r.jsonl").unlink()
-    assert sections(one(tmp_path, "r.json", json.dumps(rows))) == expected
+    assert sections(read_one(tmp_path, "r.json", json.dumps(rows))) == expected
 
 
 def test_a_json_object_is_a_record_and_its_lists_are_records_below_their_keys(tmp_path: Path) -> None:
     value = {"version": 2, "people": [{"name": "Ada"}, {"name": "Bo", "pets": [{"kind": "cat"}]}], "on": {"a": 1}}
-    assert sections(one(tmp_path, "d.json", json.dumps(value))) == [
+    assert sections(read_one(tmp_path, "d.json", json.dumps(value))) == [
         ("d", "version: 2\non.a: 1"),
         ("d > people", "name: Ada"),
         ("d > people", "name: Bo\npets.1.kind: cat"),
@@ -216,7 +206,7 @@ LAST = 1
 
 
 def test_python_is_cut_by_its_grammar(tmp_path: Path) -> None:
-    document = one(tmp_path, "pets.py", PYTHON)
+    document = read_one(tmp_path, "pets.py", PYTHON)
     assert document.kind == "code" and sections(document) == [
         ("pets", '"""About."""\nimport os'),
         ("pets > greet", PYTHON[PYTHON.index("# Greets") : PYTHON.index("\n\nclass")]),
@@ -254,7 +244,7 @@ OTHER_CODE = [
 
 @pytest.mark.parametrize(("name", "text", "expected"), OTHER_CODE)
 def test_other_code_is_cut_at_definitions_and_nothing_is_lost(tmp_path: Path, name: str, text: str, expected: list[str]) -> None:
-    document = one(tmp_path, name, text)
+    document = read_one(tmp_path, name, text)
     assert ["".join(section.path[1:]) for section in document.sections] == expected
     assert "".join("".join(s.text.split()) for s in document.sections) == "".join(text.split())
 
@@ -273,28 +263,28 @@ def test_pictures_are_read_by_ocr_without_a_network(tmp_path: Path, monkeypatch:
         ("a.webp", encoded(first, "WEBP")),
         ("a.png", encoded(drawn("Invoice 4711", "Total 99.50 EUR").convert("L").convert("1"), "PNG")),
     ):
-        document = one(tmp_path, name, content)
+        document = read_one(tmp_path, name, content)
         assert document.kind == "image" and sections(document) == [("a", "Invoice 4711\nTotal 99.50 EUR")], name
         (tmp_path / name).unlink()
-    pages = one(tmp_path, "a.tiff", encoded(first, "TIFF", save_all=True, append_images=[second]))
+    pages = read_one(tmp_path, "a.tiff", encoded(first, "TIFF", save_all=True, append_images=[second]))
     assert [(s.page, s.text) for s in pages.sections] == [(1, "Invoice 4711\nTotal 99.50 EUR"), (2, "Second page")]
 
 
 def test_clear_ground_and_turned_photographs_are_read(tmp_path: Path) -> None:
     clear = Image.new("RGBA", (900, 200), (0, 0, 0, 0))
     ImageDraw.Draw(clear).text((40, 60), "Black on nothing", fill="black", font=ImageFont.truetype(FONT, 34))
-    assert one(tmp_path, "a.png", encoded(clear, "PNG")).sections[0].text == "Black on nothing"
+    assert read_one(tmp_path, "a.png", encoded(clear, "PNG")).sections[0].text == "Black on nothing"
     (tmp_path / "a.png").unlink()
     turned, exif = drawn("A turned photograph").rotate(90, expand=True), Image.Exif()
     exif[0x0112] = 6  # the camera was held upright
-    assert one(tmp_path, "a.jpg", encoded(turned, "JPEG", exif=exif)).sections[0].text == "A turned photograph"
+    assert read_one(tmp_path, "a.jpg", encoded(turned, "JPEG", exif=exif)).sections[0].text == "A turned photograph"
 
 
 def test_words_on_one_height_are_one_line(tmp_path: Path) -> None:
     picture = drawn("Total")
     ImageDraw.Draw(picture).text((560, 32), "99.50 EUR", fill="black", font=ImageFont.truetype(FONT, 34))
     ImageDraw.Draw(picture).text((40, 130), "Thank you", fill="black", font=ImageFont.truetype(FONT, 34))
-    assert one(tmp_path, "a.png", encoded(picture, "PNG")).sections[0].text == "Total 99.50 EUR\nThank you"
+    assert read_one(tmp_path, "a.png", encoded(picture, "PNG")).sections[0].text == "Total 99.50 EUR\nThank you"
 
 
 @pytest.mark.parametrize("rotation", [0, 90])
@@ -307,7 +297,7 @@ def test_a_scanned_page_of_a_pdf_is_read_by_ocr(tmp_path: Path, rotation: int) -
     canvas.drawImage(ImageReader(drawn("Scanned page", "with two lines").rotate(rotation, expand=True)), 0, 100, 400, 200)
     canvas.showPage()
     canvas.save()
-    document = one(tmp_path, "scan.pdf", buffer.getvalue())
+    document = read_one(tmp_path, "scan.pdf", buffer.getvalue())
     assert [(s.page, s.text) for s in document.sections] == [(1, "Typed page."), (2, "Scanned page\nwith two lines")]
 
 
@@ -321,7 +311,7 @@ def test_a_picture_that_cannot_be_unpacked_costs_only_its_own_text(tmp_path: Pat
     canvas.save()
     broken = buffer.getvalue().replace(b"/FlateDecode", b"/NoSuchForm!")
     assert broken != buffer.getvalue()
-    assert [s.text for s in one(tmp_path, "scan.pdf", broken).sections] == ["Typed page."]
+    assert [s.text for s in read_one(tmp_path, "scan.pdf", broken).sections] == ["Typed page."]
 
 
 def test_a_picture_without_text_is_looked_at_once(
@@ -396,11 +386,11 @@ def test_entities_in_a_word_document_are_not_expanded(tmp_path: Path) -> None:
     assert "amplification" in reason(tmp_path / "docs", "a.docx", declaring(f'<!ENTITY l0 "ha">{laughs}<!ENTITY here "&l11;">'))
     (tmp_path / "docs" / "other.txt").unlink()
     outside = declaring(f'<!ENTITY here SYSTEM "{(tmp_path / "secret").as_uri()}">')
-    assert sections(one(tmp_path / "docs", "a.docx", outside)) == [("T", "Before")]
+    assert sections(read_one(tmp_path / "docs", "a.docx", outside)) == [("T", "Before")]
 
 
 def test_what_cannot_be_stored_is_replaced(tmp_path: Path) -> None:
-    assert sections(one(tmp_path, "a.jsonl", r'{"title": "a\ud800b", "text": "c\u0000d\udfffe"}')) == [("a > a?b", "cd?e")]
+    assert sections(read_one(tmp_path, "a.jsonl", r'{"title": "a\ud800b", "text": "c\u0000d\udfffe"}')) == [("a > a?b", "cd?e")]
 
 
 def test_kinds_are_stored_and_filter_and_do_not_change_ids(tmp_path: Path, config: RagConfig, hash_embedder: Any) -> None:
