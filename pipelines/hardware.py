@@ -71,7 +71,7 @@ def probe(disk: Path = ROOT) -> Machine:
 
     memory = psutil.virtual_memory()
     return Machine(
-        cpus=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        cpus=usable_cpus(),
         cpu_features=_cpu_features(),
         memory_bytes=memory.total,
         free_memory_bytes=memory.available,
@@ -127,11 +127,16 @@ def choose_engine(requested: str) -> Choice:
     return Choice("vllm", "a GPU is present and vLLM is installed")
 
 
+def usable_cpus() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def use_all_cores(processes: int = 1) -> int:
     """Set torch to one thread for each core that this process may use, or its share of them; return the number."""
     import torch
 
-    threads = max(1, probe().cpus // processes)
+    threads = max(1, usable_cpus() // processes)
     torch.set_num_threads(threads)
     return threads
 

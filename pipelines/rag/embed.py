@@ -12,7 +12,9 @@ Run as a part of: make index DOCS=path/to/folder
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -113,10 +115,12 @@ class TokenEmbedder:
 
     Attributes:
         texts_at_once: of more, less stays in the caches of a CPU.
+        batches_at_once: that many threads call `run`.
         special_tokens: whether the tokenizer adds its own.
     """
 
     texts_at_once = 8
+    batches_at_once = 1
     special_tokens = True
 
     def __init__(self, entry: EmbedderConfig, folder: Path, fingerprint: str) -> None:
@@ -159,12 +163,26 @@ class TokenEmbedder:
             raise DataError(f"a text to embed has {longest} tokens", f"at most {self.max_tokens} tokens")
         vectors = np.zeros((len(tokens), self.dimension), dtype=np.float32)
         by_length = sorted(range(len(tokens)), key=lambda i: -len(tokens[i]))  # so that little is padding
-        for first in range(0, len(tokens), self.texts_at_once):
-            rows = by_length[first : first + self.texts_at_once]
-            vectors[rows] = self.run([tokens[row] for row in rows])
-            if on_progress:
-                on_progress(first + len(rows), len(tokens))
+        batches = [by_length[first : first + self.texts_at_once] for first in range(0, len(tokens), self.texts_at_once)]
+        done = 0
+        with closing(self._run_all([[tokens[row] for row in rows] for rows in batches])) as found:
+            for rows, some in zip(batches, found, strict=True):
+                vectors[rows] = some
+                done += len(rows)
+                if on_progress:
+                    on_progress(done, len(tokens))
         return vectors
+
+    def _run_all(self, batches: list[list[list[int]]]) -> Generator[np.ndarray, None, None]:
+        """Yield the vectors of each batch, in order; closed early, it waits only for those that have begun."""
+        if self.batches_at_once == 1 or len(batches) < 2:
+            yield from map(self.run, batches)
+            return
+        with ThreadPoolExecutor(self.batches_at_once, thread_name_prefix="embed") as pool:
+            try:
+                yield from pool.map(self.run, batches)
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
 
     def run(self, tokens: list[list[int]]) -> np.ndarray:
         """Return the vectors of a batch, float32 [texts, dimension].

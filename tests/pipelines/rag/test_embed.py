@@ -5,8 +5,10 @@ from __future__ import annotations
 import socket
 import subprocess
 import sys
+import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from copy import copy
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,7 @@ import torch
 from pipelines.config import ROOT
 from pipelines.errors import DataError
 from pipelines.rag import embedders
-from pipelines.rag.embed import Embedder, Transformer, load_embedder
+from pipelines.rag.embed import Embedder, TokenEmbedder, Transformer, load_embedder
 
 MINILM = embedders.find("minilm")
 TEXTS = ["Which licence?", "", "Ünïcode 模型 🙂", "A longer text about retrieval. " * 30, "one", "KV cache " * 10]
@@ -128,3 +130,28 @@ def test_importing_the_modules_loads_nothing_heavy() -> None:
         "sys.exit(f'{heavy} were imported' if heavy else 0)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_batches_at_once_give_the_same_vectors_and_stop_early(int8: Embedder, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = [f"Passage {n} says {'more ' * (n % 40)}." for n in range(80)]
+    assert isinstance(int8, TokenEmbedder)
+    alone, together = copy(int8), copy(int8)
+    alone.batches_at_once, together.batches_at_once = 1, 4
+    told: list[tuple[int, int]] = []
+    np.testing.assert_array_equal(together.embed(texts, lambda *now: told.append(now)), alone.embed(texts))
+    assert told == [(done, 80) for done in range(8, 81, 8)]
+
+    begun: list[int] = []
+
+    def slowly(tokens: list[list[int]]) -> np.ndarray:
+        begun.append(len(tokens))
+        time.sleep(0.01)
+        return np.zeros((len(tokens), 384), dtype=np.float32)
+
+    def interrupt(*_: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(together, "run", slowly)
+    with pytest.raises(KeyboardInterrupt):
+        together.embed(texts * 50, interrupt)
+    assert 1 <= len(begun) < 50

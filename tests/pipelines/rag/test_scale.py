@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -58,10 +59,15 @@ def remember(seen: list[tuple[str, int, int]]) -> Callable[[str, int, int], None
     return lambda step, done, total: seen.append((step, done, total))
 
 
-def ray_processes() -> list[psutil.Process]:
-    return [
-        p for p in psutil.Process().children(recursive=True) if any(part.startswith("ray") for part in (p.name(), *p.cmdline()))
-    ]
+def ray_processes() -> dict[psutil.Process, str]:
+    """Return the living processes of Ray that this one started, each with its name and command."""
+    living = {}
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):  # it may end, or become a zombie, while it is looked at
+            parts = [process.name(), *process.cmdline()]
+            if any(part.startswith("ray") for part in parts):
+                living[process] = " ".join(parts)
+    return living
 
 
 def test_without_ray_the_error_says_what_to_do(monkeypatch: pytest.MonkeyPatch, hash_embedder: Any) -> None:
@@ -168,20 +174,21 @@ def test_two_workers_make_the_index_that_one_process_makes(
             assert stranger.stderr and any("InvalidAuthToken" in line for line in stranger.stderr)
             stranger.kill()  # it would try again for long
 
-        listening = [
-            c.laddr.ip for p in (psutil.Process(), *ray_processes()) for c in p.net_connections() if c.status == "LISTEN"
-        ]
+        listening = []
+        for process in (psutil.Process(), *ray_processes()):
+            with suppress(psutil.NoSuchProcess):
+                listening += [c.laddr.ip for c in process.net_connections() if c.status == "LISTEN"]
         assert listening and {ip.removeprefix("::ffff:") for ip in listening} == {"127.0.0.1"}
 
         def kill_workers(*_: object) -> None:
-            for process in ray_processes():
-                if "MapWorker" in process.name() or any("MapWorker" in part for part in process.cmdline()):
-                    process.kill()
+            for process, command in ray_processes().items():
+                if "MapWorker" in command:
+                    with suppress(psutil.Error):
+                        process.kill()
 
         with pytest.raises(WorkerFailed, match="a worker of Ray failed"):
             workers.embed([f"passage {n}" for n in range(2000)], kill_workers)
-    assert running and not [p for p in running if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
-    assert not ray_processes()
+    assert running and not ray_processes()
 
 
 def same(embedder: Embedder) -> None:
