@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 TIMEOUT_SECONDS = 300.0
 REPLY_TOKENS = 96
+KEY_VARIABLE = "LLMLAB_API_KEY"
 T = TypeVar("T")
 
 
@@ -32,7 +34,9 @@ def ask(server: str, question: str, k: int | None = None, where: str | None = No
 
     given = {"question": question, "k": k, "where": where, "model": model, "max_tokens": max_tokens}
     body = {key: value for key, value in given.items() if value is not None}
-    send = partial(httpx.post, f"{server}/v1/rag/query", json=body, timeout=TIMEOUT_SECONDS, trust_env=False)
+    send = partial(
+        httpx.post, f"{server}/v1/rag/query", json=body, timeout=TIMEOUT_SECONDS, headers=key_header(), trust_env=False
+    )
     return _answered(server, send, dict)
 
 
@@ -40,7 +44,7 @@ def models(server: str) -> list[str]:
     """Return the names that the server serves, the base first; errors as for `ask`."""
     import httpx
 
-    send = partial(httpx.get, f"{server}/v1/models", timeout=TIMEOUT_SECONDS, trust_env=False)
+    send = partial(httpx.get, f"{server}/v1/models", timeout=TIMEOUT_SECONDS, headers=key_header(), trust_env=False)
     return _answered(server, send, lambda content: [str(card["id"]) for card in content["data"]])
 
 
@@ -59,7 +63,7 @@ class Chat:
         """Connect; `EngineError` if nothing answers there, `UnknownName` if the model is not served."""
         import httpx
 
-        self._client = httpx.Client(base_url=self.server, timeout=TIMEOUT_SECONDS, trust_env=False)
+        self._client = httpx.Client(base_url=self.server, timeout=TIMEOUT_SECONDS, headers=key_header(), trust_env=False)
         send = partial(self._client.get, "/v1/models")
         names = _answered(self.server, send, lambda content: [str(card["id"]) for card in content["data"]])
         if not names or self.model not in ["", *names]:
@@ -77,6 +81,12 @@ class Chat:
         body = {"model": self.model, "messages": messages, "temperature": 0, "max_tokens": REPLY_TOKENS, "response_format": form}
         send = partial(self._client.post, "/v1/chat/completions", json=body)
         return _answered(self.server, send, lambda content: str(content["choices"][0]["message"]["content"]))
+
+
+def key_header() -> dict[str, str]:
+    """Return the header that carries the API key of the environment (LLMLAB_API_KEY), if there is one."""
+    key = os.environ.get(KEY_VARIABLE, "")
+    return {"Authorization": f"Bearer {key}"} if key else {}
 
 
 def _answered(server: str, send: Callable[[], httpx.Response], read: Callable[[Any], T]) -> T:

@@ -6,6 +6,7 @@ can act on are printed without a traceback, and the exit status is theirs.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import sys
@@ -19,6 +20,7 @@ from typer.core import TyperGroup
 from labs.bench.commands import bench_app
 from labs.data import data_app
 from labs.index import index_app
+from labs.keys import keys_app
 from labs.runs import runs_app, tuned_run
 from pipelines.errors import LabError
 from pipelines.hardware import OPENMP_ENVIRONMENT
@@ -46,6 +48,7 @@ app.add_typer(runs_app, name="runs")
 app.add_typer(data_app, name="data")
 app.add_typer(bench_app, name="bench")
 app.add_typer(index_app, name="index")
+app.add_typer(keys_app, name="keys")
 
 ModelName = Annotated[str, typer.Argument(help="A name from `llmlab models`.")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="Override a field of the configuration: schedule.steps=50")]
@@ -235,14 +238,17 @@ def serve(
     engine: Annotated[str | None, typer.Option(help="auto, llamacpp or vllm.")] = None,
     port: Port = None,
     set_: Overrides = None,
+    tls_cert: Annotated[str | None, typer.Option(help="PEM file of a certificate; with --tls-key it is served as HTTPS.")] = None,
+    tls_key: Annotated[str | None, typer.Option(help="PEM file of its private key.")] = None,
 ) -> None:
-    """Serve a model, its adapter and the index behind one API until Ctrl-C."""
+    """Serve a model, its adapter and the index behind one API until Ctrl-C; a second Ctrl-C waits for nobody."""
     from labs.screen import say
     from serving.launch import serve as run_server
     from serving.settings import load_serve_config
 
     given = [f"engine={engine}"] if engine else []
     given += [f"port={port}"] if port is not None else []
+    given += [f"{field}={json.dumps(file)}" for field, file in (("tls_cert", tls_cert), ("tls_key", tls_key)) if file is not None]
     run_server(name, load_serve_config("default", [*(set_ or ()), *given]), adapter=adapter, say=say)
 
 

@@ -127,7 +127,7 @@ def _serve_and_ask(tuned: Run) -> tuple[list[dict[str, Any]], dict[str, float]]:
     from serving.launch import running
     from serving.settings import load_serve_config
 
-    config = load_serve_config("default", ["port=0", "engine_port=0"])
+    config = load_serve_config("default", ["port=0", "engine_port=0", "keys=null"])
     answers = []
     with running(MODEL, config, adapter=tuned.id, say=screen.say) as server:
         for question in QUESTIONS:

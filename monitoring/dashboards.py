@@ -128,6 +128,32 @@ SERVICE = (
 
 GENERATION = (
     Plot(
+        "Places",
+        "short",
+        "Waiting above zero for long: more arrives than the engine can do, so add a replica or slots. Running above zero "
+        "while nobody asks: a place has leaked.",
+        (
+            Query(f"sum({m.series_name(m.ADMISSION_RUNNING)})", "running"),
+            Query(f"sum({m.series_name(m.ADMISSION_WAITING)})", "waiting"),
+        ),
+        width=8,
+    ),
+    Plot(
+        "Wait for a place",
+        "s",
+        "p95 near wait_seconds means that the queue is full most of the time: users wait as long as they are made to.",
+        (Query(quantile(0.5, m.ADMISSION_WAIT), "p50"), Query(quantile(0.95, m.ADMISSION_WAIT), "p95")),
+        width=8,
+    ),
+    Plot(
+        "Refused with 429",
+        "reqps",
+        "queue, queued_tokens, wait, connections: the engine is too small for the load. key_requests, "
+        "key_tokens: one key is over its own limit, see `llmlab keys list`.",
+        (Query(rate(m.ADMISSION_REFUSED, by="reason"), "{{reason}}"),),
+        width=8,
+    ),
+    Plot(
         "Generations by outcome",
         "reqps",
         "error: see the engine's log. cancelled: clients give up, so look at TTFT. refused: the guard or a "
@@ -224,6 +250,14 @@ ENGINE = (
         "short",
         "Anything above zero is a crash, most often out of memory: lower the context length or the number of slots.",
         (Query(f"sum by (engine) (increase({m.series_name(m.ENGINE_RESTARTS)}[1h]))", "{{engine}}"),),
+        kind="value",
+    ),
+    Plot(
+        "Engine circuit open",
+        "short",
+        "One: the engine failed several times in a row and is tried again only after a pause. Its log says why, "
+        "GET /readyz when.",
+        (Query(m.series_name(m.ENGINE_CIRCUIT_OPEN), "{{engine}}"),),
         kind="value",
     ),
     Plot(

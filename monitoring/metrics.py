@@ -29,6 +29,7 @@ OTHER = "other"
 GENERATION_OUTCOMES = ("ok", "error", "cancelled", "refused")
 RAG_OUTCOMES = ("answered", "abstained", "error")
 RAG_STAGES = ("embed", "search", "prompt", "generate")
+ADMISSION_REASONS = ("queue", "queued_tokens", "wait", "key_requests", "key_tokens", "connections")
 CITATION_VALIDITY = ("yes", "no")
 TRAINING_LABELS = ("model", "recipe", "rehearsal")  # names of the catalogue and of configs/recipes; yes or no
 
@@ -36,6 +37,7 @@ TRAINING_LABELS = ("model", "recipe", "rehearsal")  # names of the catalogue and
 _REQUEST_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 # 82 ms was measured on a CPU with a short prompt; a 1,000-token prompt takes seconds.
 _TTFT_SECONDS = (0.02, 0.05, 0.1, 0.2, 0.4, 0.8, 1.5, 3, 6, 12, 25, 60)
+_WAIT_SECONDS = (0.001, 0.01, 0.05, 0.1, 0.25, 0.5, 1, 2, 4, 8, 15, 30)
 _GENERATION_SECONDS = (0.1, 0.25, 0.5, 1, 2, 4, 8, 15, 30, 60, 120, 300)
 # A search takes about a millisecond, the generate stage as long as a generation.
 _STAGE_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
@@ -89,6 +91,21 @@ GENERATED_TOKENS = Counter(
     registry=REGISTRY,
 )
 
+ADMISSION_RUNNING = Gauge("llmlab_admission_running", "Generations that have a place at the engine.", registry=REGISTRY)
+ADMISSION_WAITING = Gauge("llmlab_admission_waiting", "Generations that wait in the gateway for a place.", registry=REGISTRY)
+ADMISSION_WAIT = Histogram(
+    "llmlab_admission_wait_seconds",
+    "Time that a generation waited for its place; 0 for one that did not wait.",
+    buckets=_WAIT_SECONDS,
+    registry=REGISTRY,
+)
+ADMISSION_REFUSED = Counter(
+    "llmlab_admission_refused_total",
+    "Requests refused with 429, by what there was no room for.",
+    ("reason",),
+    registry=REGISTRY,
+)
+
 RAG_REQUESTS = Counter("llmlab_rag_requests_total", "Questions asked of the index, by outcome.", ("outcome",), registry=REGISTRY)
 RAG_STAGE_DURATION = Histogram(
     "llmlab_rag_stage_duration_seconds",
@@ -118,6 +135,12 @@ ENGINE_UP = Gauge("llmlab_engine_up", "1 when the engine answers its health chec
 ENGINE_RESTARTS = Counter(
     "llmlab_engine_restarts_total",
     "Times the engine process was started again after it ended.",
+    ("engine",),
+    registry=REGISTRY,
+)
+ENGINE_CIRCUIT_OPEN = Gauge(
+    "llmlab_engine_circuit_open",
+    "1 while an engine that failed several times in a row is left alone for a while, else 0.",
     ("engine",),
     registry=REGISTRY,
 )
@@ -208,6 +231,8 @@ def set_engine(engine: str, reason: str) -> None:
     ENGINE_UP.clear()
     ENGINE_UP.labels(engine=engine).set(0)
     ENGINE_RESTARTS.labels(engine=engine)
+    ENGINE_CIRCUIT_OPEN.clear()
+    ENGINE_CIRCUIT_OPEN.labels(engine=engine).set(0)
 
 
 def set_build(version: str) -> None:
@@ -257,6 +282,8 @@ _ENDINGS = {"counter": ("_total",), "gauge": ("",), "histogram": ("_bucket", "_s
 def _start_fixed_series() -> None:
     for outcome in RAG_OUTCOMES:
         RAG_REQUESTS.labels(outcome=outcome)
+    for reason in ADMISSION_REASONS:
+        ADMISSION_REFUSED.labels(reason=reason)
     for stage in RAG_STAGES:
         RAG_STAGE_DURATION.labels(stage=stage)
     for valid in CITATION_VALIDITY:

@@ -1,5 +1,6 @@
-"""The outermost layer of the gateway: counts and times each request, bounds its body, and catches what nobody expected.
+"""The outermost layer of the gateway: says who asks, bounds and times each request, and catches what nobody expected.
 
+In this order: a gateway that is being stopped begins nothing; the key (serving.access) and its rate; the body, its size and pace.
 Plain ASGI, so that streams pass through unbuffered and a client's leaving is seen below. Routes are counted by template.
 """
 
@@ -14,7 +15,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from monitoring.metrics import HTTP_REQUEST_DURATION, HTTP_REQUESTS, HTTP_REQUESTS_IN_FLIGHT, bounded
 from pipelines.errors import LabError
-from serving.problems import BodyTooLarge, response, unexpected
+from serving.access import Access
+from serving.drain import Drain
+from serving.problems import BodySlow, BodyTooLarge, event, response, unexpected
+from serving.settings import ConnectionBounds
+from serving.visit import VISIT, Visit
 
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 UNMATCHED = "unmatched"
@@ -27,39 +32,53 @@ class Edge:
     Args:
         app: the application.
         limit_of: returns how long the body of a request may be, or raises why nothing of it is read.
+        access: who may ask.
+        drain: whether the gateway is being stopped.
+        bounds: how slowly a body may come.
     """
 
-    def __init__(self, app: ASGIApp, limit_of: Callable[[Scope], int]) -> None:
+    def __init__(self, app: ASGIApp, limit_of: Callable[[Scope], int], access: Access, drain: Drain,
+                 bounds: ConnectionBounds) -> None:  # fmt: skip
         self.app, self.limit_of = app, limit_of
+        self.access, self.drain, self.bounds = access, drain, bounds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass one request on."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        seen: dict[str, int] = {}
+        seen: dict[str, Any] = {}
 
         async def remember(message: Message) -> None:
             if message["type"] == "http.response.start":
                 seen["status"] = message["status"]
+                seen["stream"] = b"text/event-stream" in dict(message["headers"]).get(b"content-type", b"")
             await send(message)
 
-        began = time.perf_counter()
+        began, visit = time.perf_counter(), Visit(self.access)
+        VISIT.set(visit)  # each request has a task of its own, so nobody else sees it
         HTTP_REQUESTS_IN_FLIGHT.inc()
         try:
-            await self._answer(scope, receive, remember, seen)
+            await self._answer(visit, scope, receive, remember, seen)
         except asyncio.CancelledError:
-            seen.setdefault("status", CLIENT_CLOSED)
-            raise
+            if not self.drain.over:
+                raise
+            await self._cut(scope, receive, remember, seen)
         finally:
+            visit.leave()
             HTTP_REQUESTS_IN_FLIGHT.dec()
             _count(scope, seen.get("status", CLIENT_CLOSED), time.perf_counter() - began)
 
-    async def _answer(self, scope: Scope, receive: Receive, send: Send, seen: dict[str, int]) -> None:
+    async def _answer(self, visit: Visit, scope: Scope, receive: Receive, send: Send, seen: dict[str, Any]) -> None:
         try:
-            body = await _read(receive, self.limit_of(scope), _content_length(scope))
-            if body is not None:
-                await self.app(scope, _replay(body, receive), send)
+            self.drain.check(scope["path"])
+            visit.key = self.access.identify(scope)
+            if visit.key:
+                self.access.rates.take_request(visit.key)
+            with self.drain.answering():
+                body = await self._read(receive, self.limit_of(scope), _content_length(scope))
+                if body is not None:
+                    await self.app(scope, _replay(body, receive), send)
         except LabError as error:  # the body is not wanted
             await response(error, scope["path"])(scope, receive, send)
         except Exception as error:  # the last line: whatever it is, the client gets an id and the log the traceback
@@ -67,27 +86,44 @@ class Edge:
             if "status" not in seen:
                 await response(problem, scope["path"])(scope, receive, send)
 
+    async def _cut(self, scope: Scope, receive: Receive, send: Send, seen: dict[str, Any]) -> None:
+        """End an answer whose time is over with an error that the client can read."""
+        error = self.drain.cut()
+        if "status" not in seen:
+            await response(error, scope["path"])(scope, receive, send)
+        elif seen["stream"]:
+            await send({"type": "http.response.body", "body": event(error, scope["path"])})
+
+    async def _read(self, receive: Receive, limit: int, announced: int) -> bytes | None:
+        """Return the whole body, or None if the client left; `BodyTooLarge` over the limit, `BodySlow` behind the pace."""
+        body: list[bytes] = []
+        size, began = announced, time.monotonic()
+        while True:
+            if size > limit:
+                raise BodyTooLarge(
+                    f"the request body has {'at least ' if not announced else ''}{size} bytes", f"at most {limit} bytes"
+                )
+            came = sum(map(len, body))
+            try:
+                async with asyncio.timeout(self._pace(came) - (time.monotonic() - began)):
+                    message = await receive()
+            except TimeoutError:
+                raise BodySlow(f"{came} bytes of the request body came in {self._pace(came):.0f} s", "the whole of it") from None
+            if message["type"] == "http.disconnect":
+                return None
+            body.append(message.get("body", b""))
+            size = max(announced, sum(map(len, body)))
+            if not message.get("more_body", False) and size <= limit:
+                return b"".join(body)
+
+    def _pace(self, came: int) -> float:
+        """Return within how many seconds of the head the next piece has to come."""
+        return self.bounds.body_seconds + came / self.bounds.body_bytes_per_second
+
 
 def _content_length(scope: Scope) -> int:
     value = dict(scope["headers"]).get(b"content-length", b"0")
     return int(value) if value.isdigit() else 0
-
-
-async def _read(receive: Receive, limit: int, announced: int) -> bytes | None:
-    """Return the whole body, or None if the client left; `BodyTooLarge` once it is over the limit."""
-    body, size = [], announced
-    while True:
-        if size > limit:
-            raise BodyTooLarge(
-                f"the request body has {'at least ' if not announced else ''}{size} bytes", f"at most {limit} bytes"
-            )
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            return None
-        body.append(message.get("body", b""))
-        size = max(announced, sum(map(len, body)))
-        if not message.get("more_body", False) and size <= limit:
-            return b"".join(body)
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:

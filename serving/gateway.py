@@ -14,6 +14,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import PlainTextResponse, Response
 from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 
 from monitoring.metrics import REGISTRY, set_build, start_series
 from pipelines.errors import LabError
@@ -36,7 +37,12 @@ def create_app(service: Service, version: str) -> FastAPI:
             yield
 
     app = FastAPIOffline(title="LLM Lab", version=version, description=DESCRIPTION, lifespan=lifespan)
-    app.add_middleware(Edge, limit_of=partial(documents_api.body_limit, service.config))
+    config = service.config
+    app.add_middleware(Edge, limit_of=partial(documents_api.body_limit, config), access=service.access, drain=service.drain,
+                       bounds=config.connections)  # fmt: skip
+    if config.cors_origins:  # outside of Edge: a browser asks first, without the key, whether it may send it
+        app.add_middleware(CORSMiddleware, allow_origins=config.cors_origins, allow_methods=["GET", "POST", "DELETE"],
+                           allow_headers=["Authorization", "Content-Type"], expose_headers=["Retry-After"])  # fmt: skip
     app.include_router(openai_api.router(service))
     app.include_router(rag_api.router(service))
     app.include_router(documents_api.router(service))

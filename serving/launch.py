@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import signal
 import socket
 import threading
@@ -16,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from monitoring.metrics import set_engine
@@ -26,18 +26,26 @@ from pipelines.errors import ConfigError, EngineError
 from pipelines.hardware import Choice, Machine, choose_engine, probe
 from pipelines.runs import Run
 from serving import engines
+from serving.access import Access, loopback
 from serving.address import check_free, listen
+from serving.admission import Admission
 from serving.documents import Documents
+from serving.drain import Drain
 from serving.engines.contract import Launch
+from serving.keys import key_path
 from serving.knowledge import open_knowledge
+from serving.rates import Rates
 from serving.service import Service
 from serving.settings import ServeConfig
 from serving.supervisor import Supervisor
+from serving.tls import context as tls_context
 from serving.tuned import EXPORT, LATEST, adapter_of, check_template, choose_run, exported_base, tuned_name
 from serving.upstream import Upstream
 
 if TYPE_CHECKING:
-    import uvicorn
+    from ssl import SSLContext
+
+    from serving.server import DrainingServer
 
 Say = Callable[[str], None]
 WORK = ROOT / ".cache" / "serve"
@@ -98,16 +106,16 @@ def running(model_name: str, config: ServeConfig, *, adapter: str = LATEST, pull
                 if not thread.is_alive():
                     raise EngineError("the gateway did not start", "a running gateway", "make doctor")
                 time.sleep(0.02)
-            yield Running(_url(address), service.supervisor.launch.url, service)
+            yield Running(_url(address, config), service.supervisor.launch.url, service)
         finally:
-            server.should_exit = True
+            service.drain.begin()
             thread.join()
 
 
 @contextmanager
 def _prepared(
     model_name: str, config: ServeConfig, adapter: str, pull: bool, say: Say
-) -> Iterator[tuple[Service, uvicorn.Server, socket.socket]]:
+) -> Iterator[tuple[Service, DrainingServer, socket.socket]]:
     """Yield a healthy engine behind a gateway that is ready to run, and stop the engine at the end."""
     model = catalogue.runnable(model_name)
     _check_context(model, config)
@@ -115,7 +123,9 @@ def _prepared(
     say(f"engine  {choice.choice}: {choice.reason}")
     run = choose_run(model, adapter)
     say(_about(run, model_name, adapter))
+    tls = tls_context(Path(config.tls_cert), Path(config.tls_key)) if config.tls_cert and config.tls_key else None
     with listen(config.host, config.port, "--port 8001") as address:
+        access = Access(key_path(config.keys), config.host, Rates(WORK / "spent.sqlite"))
         supervisor = _supervisor(model, config, choice, run, pull, say)
         try:
             supervisor.spawn()
@@ -126,11 +136,14 @@ def _prepared(
                 check_template(run, supervisor.engine, supervisor.launch)
             upstream = Upstream(supervisor.engine, supervisor.launch, supervisor, config.request_seconds)
             documents = Documents(knowledge, config)
-            service = Service(config, supervisor, upstream, knowledge, documents, run, _base(model, supervisor.launch))
-            _say_addresses(_url(address), config.host, service, say)
-            yield service, _server(service, config.drain_seconds), address
+            admission = Admission(config.admission, supervisor.launch.slots)
+            service = Service(config, supervisor, upstream, knowledge, documents, run, _base(model, supervisor.launch),
+                              access, admission, Drain(config.drain_seconds))  # fmt: skip
+            _say_addresses(_url(address, config), config.host, service, say)
+            yield service, _server(service, tls), address
         finally:
             supervisor.stop()
+            access.rates.close()
 
 
 def _supervisor(model: Model, config: ServeConfig, choice: Choice, run: Run | None, pull: bool, say: Say) -> Supervisor:
@@ -160,14 +173,11 @@ def _gpu_memory_share(config: ServeConfig, machine: Machine) -> float:
     return max(0.05, min([config.gpu_memory_share, *(round(share - GPU_RESERVE, 2) for share in free)]))
 
 
-def _server(service: Service, drain_seconds: int) -> uvicorn.Server:
-    import uvicorn
-
+def _server(service: Service, tls: SSLContext | None) -> DrainingServer:
     from serving.gateway import create_app
+    from serving.server import server
 
-    app = create_app(service, _version())
-    return uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False, server_header=False, ws="none",
-                                         timeout_graceful_shutdown=drain_seconds))  # fmt: skip
+    return server(create_app(service, _version()), service.drain, service.config.connections, tls)
 
 
 @contextmanager
@@ -216,21 +226,16 @@ def _base(model: Model, launch: Launch) -> dict[str, Any]:
 def _say_addresses(url: str, host: str, service: Service, say: Say) -> None:
     say(f"models  {', '.join(service.names)}")
     say(f"gateway {url}  (POST {url}/v1/rag/query, {url}/v1/chat/completions; GET {url}/docs, {url}/metrics)")
-    if not _is_loopback(host):
-        say(f"warning: {host} is reachable from other machines, and there is no authentication")
+    if not loopback(host) and url.startswith("http:"):
+        say(
+            f"warning: {host} is reachable from other machines, and keys and texts travel openly without --tls-cert and --tls-key"
+        )
 
 
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
-def _url(address: socket.socket) -> str:
+def _url(address: socket.socket, config: ServeConfig) -> str:
     host, port = address.getsockname()[:2]
     shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
-    return f"http://{shown}:{port}"
+    return f"{'https' if config.tls_cert else 'http'}://{shown}:{port}"
 
 
 def _version() -> str:

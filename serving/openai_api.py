@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from monitoring.metrics import GENERATION_REQUESTS, OTHER
 from pipelines.errors import LabError, UnknownName
 from serving import limits
+from serving.admission import need_of
 from serving.problems import openai_body, unexpected
 from serving.service import Service
 from serving.upstream import DONE, ClientGone, Meter, unless_gone
@@ -69,6 +70,7 @@ def router(service: Service) -> APIRouter:
         """Complete a chat, in one piece or as a stream of server-sent events."""
         asked = _checked(body, service)
         try:
+            await unless_gone(request, service.admission.enter(need_of(asked)))
             if not body.stream:
                 return JSONResponse(await unless_gone(request, service.upstream.complete(asked)))
             chunks = service.upstream.stream(asked, Meter(body.model))

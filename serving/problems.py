@@ -5,6 +5,7 @@ No form carries a traceback. An error that is not ours becomes a 500 with an id,
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import secrets
@@ -33,16 +34,68 @@ class BodyTooLarge(BadRequest):
     http_status = 413
 
 
+class BodySlow(BadRequest):
+    """The request body does not come, or too slowly."""
+
+    http_status = 408
+
+
 class AdminOff(LabError):
     """Changes are not turned on."""
 
     http_status = 403
 
 
+class NotAdmin(LabError):
+    """The request needs an admin's key and carries a user's."""
+
+    http_status = 403
+
+
 class KeyWrong(LabError):
-    """A request has no admin key, or another one."""
+    """A request carries no key where one is needed, or a wrong one."""
 
     http_status = 401
+
+
+class AccessBroken(LabError):
+    """Nobody can be let in, since the file of keys cannot be used."""
+
+    http_status = 503
+
+
+class Refused(LabError):
+    """There is no room for a request now; it is worth asking again in `retry_after_seconds`.
+
+    Args:
+        came: what there is no room for.
+        kind: "requests" or "tokens", as in OpenAI's errors.
+        seconds: after which there is room again.
+    """
+
+    http_status = 429
+
+    def __init__(self, came: str, kind: str, seconds: float) -> None:
+        self.kind, self.retry_after_seconds = kind, max(1, math.ceil(seconds))
+        super().__init__(came, "fewer at a time", f"ask again in {self.retry_after_seconds} s")
+
+
+class RateLimited(Refused):
+    """A key has used up what it may use."""
+
+
+class Overloaded(Refused):
+    """All places are taken, whoever asks."""
+
+
+class Stopping(LabError):
+    """The gateway is being stopped and begins nothing new; gone in `retry_after_seconds`."""
+
+    http_status = 503
+
+    def __init__(self, came: str, seconds: float) -> None:
+        self.retry_after_seconds = max(1, math.ceil(seconds))
+        super().__init__(came, "a gateway that runs", f"ask again in {self.retry_after_seconds} s")
 
 
 class ContextExceeded(BadRequest):
@@ -96,7 +149,7 @@ def lab_body(error: LabError) -> dict[str, Any]:
 def openai_body(error: LabError) -> dict[str, Any]:
     """Return an error in OpenAI's form; what to do is part of the message."""
     status = openai_status(error)
-    kind = "invalid_request_error" if status < 500 else "server_error"
+    kind = error.kind if isinstance(error, Refused) else "invalid_request_error" if status < 500 else "server_error"
     parts = [error.came, error.expected and f"expected: {error.expected}", error.next_command]
     return {"error": {"message": clean("; ".join(p for p in parts if p)), "type": kind, "param": None, "code": _code(error)}}
 
@@ -108,14 +161,29 @@ def openai_status(error: LabError) -> int:
 
 def response(error: LabError, path: str) -> JSONResponse:
     """Return the answer for an error, in the form of the API that the path belongs to."""
-    headers = {"Retry-After": str(error.retry_after_seconds)} if isinstance(error, EngineDown) else None
-    if isinstance(error, KeyWrong):
-        headers = {"WWW-Authenticate": "Bearer"}
+    headers = _headers(error)
     if path.startswith(DOCUMENT_PATHS):
         return JSONResponse(openai_body(error), error.http_status, headers)
     if path.startswith(OPENAI_PATHS):
         return JSONResponse(openai_body(error), openai_status(error), headers)
     return JSONResponse(lab_body(error), error.http_status, headers)
+
+
+def event(error: LabError, path: str) -> bytes:
+    """Return an error as the server-sent event that ends a stream of the API that the path belongs to."""
+    if path.startswith(OPENAI_PATHS):
+        return f"data: {json.dumps(openai_body(error), ensure_ascii=False)}\n\n".encode()
+    return f"event: error\ndata: {json.dumps(lab_body(error), ensure_ascii=False)}\n\n".encode()
+
+
+def _headers(error: LabError) -> dict[str, str]:
+    """Return what an error says beside its body; a connection is not kept where the rest of a body is still to come."""
+    headers = {"WWW-Authenticate": "Bearer"} if isinstance(error, KeyWrong) else {}
+    if isinstance(error, EngineDown | Refused | Stopping):
+        headers["Retry-After"] = str(error.retry_after_seconds)
+    if isinstance(error, Stopping | BodySlow):
+        headers["Connection"] = "close"
+    return headers
 
 
 def unexpected(error: Exception) -> LabError:
@@ -140,5 +208,7 @@ def _code(error: LabError) -> str | None:
         ContextExceeded: "context_length_exceeded", UnknownName: "model_not_found", EngineDown: "engine_unavailable",
         EngineFailed: "engine_failed", EngineSilent: "timeout", BodyTooLarge: "request_too_large",
         BadRequest: "invalid_value", EngineRefused: "invalid_value", AdminOff: "admin_off", KeyWrong: "invalid_api_key",
+        BodySlow: "request_timeout", NotAdmin: "admin_key_needed", AccessBroken: "keys_unusable",
+        RateLimited: "rate_limit_exceeded", Overloaded: "server_overloaded", Stopping: "server_stopping",
     }  # fmt: skip
     return codes.get(type(error))

@@ -22,6 +22,7 @@ from monitoring.metrics import RAG_CITATIONS, RAG_HITS, RAG_REQUESTS, RAG_STAGE_
 from pipelines.errors import LabError
 from pipelines.rag.answer import ABSTENTION, Reply, parse
 from serving import limits
+from serving.admission import BYTES_PER_TOKEN, Need
 from serving.openai_api import SSE_HEADERS
 from serving.packing import Packed, fitting
 from serving.problems import lab_body, unexpected
@@ -32,6 +33,8 @@ from serving.upstream import ClientGone, Meter, text_of, unless_gone
 if TYPE_CHECKING:
     from pipelines.rag.index import Hit
     from pipelines.rag.retrieve import Retrieved
+
+PASSAGE_TOKENS = 150  # of a prompt, for each passage, about
 
 
 class Query(BaseModel):
@@ -149,6 +152,7 @@ async def _steps(query: Query, service: Service) -> AsyncIterator[Step]:
     length = limits.check_max_tokens(query.max_tokens, service.config)
     model = limits.check_model(query.model or service.names[-1], service.names)
     service.knowledge.require()
+    await service.admission.enter(Need(1, len(query.question) // BYTES_PER_TOKEN + k * PASSAGE_TOKENS, length))
     found = await service.knowledge.retrieve(query.question, k, query.where)
     _count_retrieval(found)
     if found.answerable and found.hits:

@@ -6,7 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipelines.runs import Run
+from serving.access import Access
+from serving.admission import Admission
 from serving.documents import Documents
+from serving.drain import Drain
 from serving.knowledge import Knowledge
 from serving.settings import ServeConfig
 from serving.supervisor import Supervisor
@@ -25,6 +28,9 @@ class Service:
         documents: what is added to it over the API.
         run: where the adapter, or the model in place of the base, comes from; or None.
         base: what the base is: title, hub id, revision, file.
+        access: who may ask.
+        admission: the places at the engine.
+        drain: whether the gateway is being stopped.
     """
 
     config: ServeConfig
@@ -34,6 +40,9 @@ class Service:
     documents: Documents
     run: Run | None
     base: dict[str, Any]
+    access: Access
+    admission: Admission
+    drain: Drain
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -5,11 +5,14 @@ It holds no defaults; `configs/serve/default.yaml` does, each with the effect of
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from pydantic import Field, model_validator
 
 from pipelines.config import Config, load, named
+
+ORIGIN = re.compile(r"https?://[A-Za-z0-9.-]+(:\d{1,5})?")  # "*" would let any page on the web use a server on loopback
 
 
 class Slots(Config):
@@ -25,6 +28,27 @@ class Restart(Config):
     first_delay_seconds: float = Field(gt=0)
     max_delay_seconds: float = Field(gt=0)
     settled_seconds: float = Field(ge=0, description="health for this long makes the next delay the first one again")
+    open_after_failures: int = Field(ge=1, description="failures in a row after which the engine is left alone for a while")
+    open_seconds: float = Field(gt=0, description="how long")
+
+
+class AdmissionBounds(Config):
+    """How many generations run and wait; over it a request is refused at once with 429."""
+
+    running: int | None = Field(ge=1, description="sequences at once; None for the engine's slots")
+    queued: int | None = Field(ge=0, description="generations that wait; None for as many as run")
+    queued_tokens: int = Field(ge=1, description="of the prompts that wait, estimated")
+    wait_seconds: float = Field(gt=0)
+
+
+class ConnectionBounds(Config):
+    """How many clients there may be, and how slow."""
+
+    limit: int = Field(ge=1)
+    header_seconds: float = Field(gt=0)
+    body_seconds: float = Field(gt=0)
+    body_bytes_per_second: int = Field(ge=1)
+    send_seconds: float = Field(gt=0)
 
 
 class ServeConfig(Config):
@@ -34,6 +58,10 @@ class ServeConfig(Config):
     port: int = Field(ge=0, le=65535)
     engine: str
     engine_port: int = Field(ge=0, le=65535)
+    keys: str | None = Field(min_length=1, description="file of API keys; None where none is ever needed on loopback")
+    cors_origins: list[str] = Field(description="web pages of these origins may ask from a browser")
+    tls_cert: str | None = Field(min_length=1)
+    tls_key: str | None = Field(min_length=1)
     index: str = Field(min_length=1)
     rag: str = Field(min_length=1, description="names the file of configs/rag that the index was built with")
     documents: str | None = Field(min_length=1, description="folder that /v1/documents changes; None for one beside the index")
@@ -51,6 +79,8 @@ class ServeConfig(Config):
     request_seconds: float = Field(gt=0)
     drain_seconds: int = Field(ge=0)
     restart: Restart
+    admission: AdmissionBounds
+    connections: ConnectionBounds
 
     @model_validator(mode="after")
     def _sizes_agree(self) -> ServeConfig:
@@ -58,6 +88,10 @@ class ServeConfig(Config):
             raise ValueError(f"default_max_tokens {self.default_max_tokens} is more than max_tokens {self.max_tokens}")
         if self.port and self.port == self.engine_port:
             raise ValueError(f"port and engine_port are both {self.port}")
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ValueError("TLS needs both tls_cert and tls_key")
+        if wrong := [origin for origin in self.cors_origins if not ORIGIN.fullmatch(origin)]:
+            raise ValueError(f"cors_origins has {wrong[0]!r}, and not a list of origins like https://app.example")
         return self
 
 

@@ -2,6 +2,9 @@
 
 It knows processes and time, and nothing of requests. The gateway reads `status`, which is replaced whole, so no lock is
 needed. The engine runs under `serving.leash` and writes to `engine.log` in the launch's working directory.
+
+An engine that fails again and again would take the machine's time for nothing: after some failures in a row the circuit opens, it
+is left alone for a while, then tried once; if that fails, the next pause begins.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from monitoring.metrics import ENGINE_RESTARTS, ENGINE_UP
+from monitoring.metrics import ENGINE_CIRCUIT_OPEN, ENGINE_RESTARTS, ENGINE_UP
 from pipelines.errors import EngineError
 from serving.engines.contract import Engine, Launch
 from serving.settings import Restart
@@ -31,11 +34,16 @@ LOG_TAIL_LINES = 15
 
 
 class Status(NamedTuple):
-    """Whether the engine answers; if not, why, and in how many seconds to ask again."""
+    """Whether the engine answers; if not, why, and when it may (`time.monotonic`)."""
 
     up: bool
     reason: str
-    retry_after_seconds: int
+    expected_at: float
+
+    @property
+    def retry_after_seconds(self) -> int:
+        """Return in how many seconds from now to ask again, at least one."""
+        return max(1, math.ceil(self.expected_at - time.monotonic()))
 
 
 class Supervisor:
@@ -45,11 +53,12 @@ class Supervisor:
         self.engine, self.launch = engine, launch
         self.startup_seconds, self.restart = startup_seconds, restart
         self.log = launch.work / "engine.log"
-        self.status = Status(False, f"{engine.name} is not started", 1)
+        self.status = Status(False, f"{engine.name} is not started", 0.0)
         self._process: subprocess.Popen[bytes] | None = None
         self._watcher: threading.Thread | None = None
         self._stopping = threading.Event()
-        self._healthy_since = 0.0
+        self._spawned = self._healthy_since = 0.0
+        self._start_seconds = 1.0
 
     def spawn(self) -> None:
         """Start the process; it is not ready yet."""
@@ -60,7 +69,8 @@ class Supervisor:
         with self.log.open(mode) as log:
             self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment,
                                              cwd=self.launch.work, start_new_session=True)  # fmt: skip
-        self._set(Status(False, f"{self.engine.name} is starting", 1))
+        self._spawned = time.monotonic()
+        self._say_down(f"{self.engine.name} is starting")
 
     def await_health(self) -> None:
         """Wait until the engine answers.
@@ -79,7 +89,8 @@ class Supervisor:
                 if self._stopping.wait(HEALTH_POLL_SECONDS):
                     raise EngineError(f"{self.engine.name} was stopped while it started")
         self._healthy_since = time.monotonic()
-        self._set(Status(True, f"{self.engine.name} is ready", 0))
+        self._start_seconds = self._healthy_since - self._spawned
+        self._set(Status(True, f"{self.engine.name} is ready", 0.0))
 
     def watch(self) -> None:
         """From now on, start the engine again whenever it ends."""
@@ -93,7 +104,7 @@ class Supervisor:
         if self._watcher:
             self._watcher.join()
         self._end_process()  # the watcher may have been starting a new one
-        self._set(Status(False, f"{self.engine.name} is stopped", 1))
+        self._set(Status(False, f"{self.engine.name} is stopped", 0.0))
 
     def log_tail(self) -> str:
         """Return the last lines of the engine's log."""
@@ -124,19 +135,30 @@ class Supervisor:
 
     def _recovered(self, reason: str, failures: int) -> bool:
         """Wait out the delay, start the engine and wait for its health; return True if that worked."""
-        delay = min(self.restart.first_delay_seconds * 2 ** min(failures - 1, 30), self.restart.max_delay_seconds)
-        self._set(Status(False, f"{reason}; it is being started again", max(1, math.ceil(delay))))
+        opened = failures >= self.restart.open_after_failures
+        delay = self.restart.open_seconds if opened else self._delay(failures)
+        ENGINE_CIRCUIT_OPEN.labels(engine=self.engine.name).set(float(opened))
+        count = f"it failed {failures} times in a row and is left alone for {delay:g} s"
+        self._say_down(f"{reason}; {count if opened else 'it is being started again'}", delay)
         if self._stopping.wait(delay):
             return False
         ENGINE_RESTARTS.labels(engine=self.engine.name).inc()
         try:
             self.spawn()
-            self._set(Status(False, f"{reason}; it is starting again", 1))
+            self._say_down(f"{reason}; it is starting again")
             self.await_health()
         except (EngineError, OSError):
             self._end_process()
             return False
+        ENGINE_CIRCUIT_OPEN.labels(engine=self.engine.name).set(0)
         return True
+
+    def _delay(self, failures: int) -> float:
+        return min(self.restart.first_delay_seconds * 2.0 ** min(failures - 1, 30), self.restart.max_delay_seconds)
+
+    def _say_down(self, reason: str, delay: float = 0.0) -> None:
+        """Show that the engine is down, until it has been started after `delay` seconds, as fast as the last time."""
+        self._set(Status(False, reason, time.monotonic() + delay + self._start_seconds))
 
     def _answers(self, client: httpx.Client) -> bool:
         import httpx

@@ -20,6 +20,7 @@ from monitoring.metrics import GENERATED_TOKENS, GENERATION_DURATION, GENERATION
 from serving.engines.contract import Chat, Engine, Launch
 from serving.problems import BadRequest, EngineDown, EngineSilent, from_engine
 from serving.supervisor import Supervisor
+from serving.visit import VISIT
 
 if TYPE_CHECKING:
     import httpx
@@ -38,13 +39,16 @@ class ClientGone(Exception):
 class Meter:
     """Measures one generation: `async with` it, show it each chunk or the whole completion.
 
-    The time to first token is measured on streams only: a completion in one piece does not show when it began.
+    The time to first token is measured on streams only: a completion in one piece does not show when it began. The key of the
+    current request is charged for the tokens; for a stream that ends early, the pieces that came and the estimated prompt.
     """
 
     def __init__(self, model: str) -> None:
         self.model, self.began = model, time.perf_counter()
         self.first_token: float | None = None
         self.usage: dict[str, int] = {}
+        self.pieces = 0
+        self.visit = VISIT.get(None)
 
     def see(self, event: Mapping[str, Any]) -> None:
         """Take the first token's time and the token counts from a chunk or completion."""
@@ -52,7 +56,10 @@ class Meter:
             self.usage = {
                 key: int(event["usage"].get(key) or 0) for key in ("prompt_tokens", "completion_tokens", "total_tokens")
             }
-        if self.first_token is None and event.get("object") == "chat.completion.chunk" and _has_token(event):
+        if event.get("object") != "chat.completion.chunk" or not _has_token(event):
+            return
+        self.pieces += 1
+        if self.first_token is None:
             self.first_token = time.perf_counter()
             GENERATION_TTFT.labels(model=self.model).observe(self.first_token - self.began)
 
@@ -64,7 +71,9 @@ class Meter:
         """Count the generation by how it ended."""
         GENERATION_REQUESTS.labels(model=self.model, outcome=_outcome(kind)).inc()
         PROMPT_TOKENS.labels(model=self.model).inc(self.usage.get("prompt_tokens", 0))
-        GENERATED_TOKENS.labels(model=self.model).inc(self.usage.get("completion_tokens", 0))
+        GENERATED_TOKENS.labels(model=self.model).inc(self.usage.get("completion_tokens", self.pieces))
+        if self.visit:
+            self.visit.spend(self.usage.get("total_tokens", self.visit.prompt_tokens + self.pieces))
         if kind is None:
             GENERATION_DURATION.labels(model=self.model).observe(time.perf_counter() - self.began)
 

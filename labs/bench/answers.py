@@ -78,7 +78,7 @@ def bench_answers(run: Run, questions: int, unanswerable: int, progress: Progres
     from serving.settings import load_serve_config
 
     asked = queries(questions, unanswerable)
-    config = load_serve_config("default", ["port=0", "engine_port=0", "engine=llamacpp", f"index={INDEX}"])
+    config = load_serve_config("default", ["port=0", "engine_port=0", "engine=llamacpp", "keys=null", f"index={INDEX}"])
     use_all_cores()
     with TemporaryDirectory() as folder, indexes_in(Path(folder) / "index"):
         retriever, _, _ = xquad_index(Path(folder), progress)

@@ -5,11 +5,12 @@ Run, beside `make serve`: .venv/bin/python -m labs.chains.langchain_rag "Who dev
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from labs.ask import models
+from labs.ask import KEY_VARIABLE, models
 from pipelines.errors import ConfigError, LabError
 from pipelines.rag.adapters import as_langchain
 from pipelines.rag.answer import messages
@@ -47,7 +48,8 @@ def chain(retriever: Retriever, server: str, k: int = 3, max_tokens: int = 96) -
         from langchain_openai import ChatOpenAI
     except ModuleNotFoundError:
         raise ConfigError("langchain-openai is not installed", "langchain-openai in .venv", "make setup-chains") from None
-    model = ChatOpenAI(base_url=f"{server}/v1", api_key="none", model=models(server)[-1], temperature=0, max_tokens=max_tokens,
+    key = os.environ.get(KEY_VARIABLE, "none")
+    model = ChatOpenAI(base_url=f"{server}/v1", api_key=key, model=models(server)[-1], temperature=0, max_tokens=max_tokens,
                        http_client=httpx.Client(trust_env=False))  # fmt: skip
     found = {"documents": as_langchain(retriever, k), "question": RunnablePassthrough()}
     made: Runnable[str, str] = found | RunnableLambda(_prompt) | model | StrOutputParser()

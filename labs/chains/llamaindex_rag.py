@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Any
 
-from labs.ask import TIMEOUT_SECONDS, models
+from labs.ask import TIMEOUT_SECONDS, key_header, models
 from pipelines.errors import LabError
 from pipelines.rag.adapters import as_llamaindex
 from pipelines.rag.answer import SYSTEM
@@ -61,7 +61,7 @@ def _model(server: str, max_tokens: int) -> Any:
             turns = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": prompt}]
             body = {"model": name, "messages": turns, "temperature": 0, "max_tokens": max_tokens}
             url = f"{server}/v1/chat/completions"
-            reply = httpx.post(url, json=body, timeout=TIMEOUT_SECONDS, trust_env=False).raise_for_status()
+            reply = httpx.post(url, json=body, headers=key_header(), timeout=TIMEOUT_SECONDS, trust_env=False).raise_for_status()
             return CompletionResponse(text=reply.json()["choices"][0]["message"]["content"])
 
         def stream_complete(self, prompt: str, formatted: bool = False, **more: Any) -> CompletionResponseGen:

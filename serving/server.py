@@ -1,0 +1,117 @@
+"""The HTTP server: uvicorn, with what it lacks for strangers as clients.
+
+- A connection is closed that sends no head of a request, or takes nothing of its answer, for too long (slow-loris).
+- A connection beyond the limit is told so with 429; uvicorn's own `limit_concurrency` would count busy ones only and say 503.
+- A signal begins a drain, during which the port stays open and answers 503; a second one ends everything at once.
+
+Slow bodies are `serving.edge`'s. `serving.launch` runs it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import ssl
+from types import FrameType
+from typing import Any
+
+import uvicorn
+from starlette.types import ASGIApp
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from monitoring.metrics import ADMISSION_REFUSED
+from serving.drain import Drain
+from serving.problems import Overloaded, openai_body
+from serving.settings import ConnectionBounds
+
+CUT_SECONDS = 1  # for the last words of streams whose time was over
+
+
+class Connection(H11Protocol):
+    """One client's connection; `bounds` is set by `server`."""
+
+    bounds: ConnectionBounds
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._head: asyncio.TimerHandle | None = None
+        self._unread: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Begin the time for the first head, or refuse."""
+        super().connection_made(transport)
+        if len(self.connections) > self.bounds.limit:
+            transport.write(_too_many(self.bounds.limit))
+            transport.close()
+        else:
+            self._time_head()
+
+    def data_received(self, data: bytes) -> None:
+        """Take a part of a request."""
+        super().data_received(data)
+        self._time_head()
+
+    def pause_writing(self) -> None:
+        """Begin the time in which the client has to take what is ready for it."""
+        super().pause_writing()
+        self._unread = self._unread or self.loop.call_later(self.bounds.send_seconds, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """End that time."""
+        super().resume_writing()
+        self._unread = _stopped(self._unread)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Forget both times."""
+        self._head, self._unread = _stopped(self._head), _stopped(self._unread)
+        super().connection_lost(exc)
+
+    def _time_head(self) -> None:
+        """Let the time for a head run while one is awaited."""
+        if self.cycle is None or self.cycle.response_complete:
+            self._head = self._head or self.loop.call_later(self.bounds.header_seconds, self.transport.close)
+        else:
+            self._head = _stopped(self._head)
+
+
+class DrainingServer(uvicorn.Server):
+    """A server that stops when its drain is over."""
+
+    def __init__(self, config: uvicorn.Config, drain: Drain) -> None:
+        super().__init__(config)
+        self.drain = drain
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002 - the signature of a signal handler
+        """Begin the drain at the first signal, and end at once at the second."""
+        if self.drain.begun:
+            self.should_exit = self.force_exit = True
+        self.drain.begin()
+
+    async def on_tick(self, counter: int) -> bool:
+        """Return whether to stop; asked ten times a second."""
+        return await super().on_tick(counter) or self.drain.over
+
+
+def server(app: ASGIApp, drain: Drain, bounds: ConnectionBounds, tls: ssl.SSLContext | None) -> DrainingServer:
+    """Return the server of an application, ready to run; it speaks TLS if there is a context for it."""
+    protocol = type("BoundedConnection", (Connection,), {"bounds": bounds})
+    config = uvicorn.Config(app, http=protocol, log_level="warning", access_log=False, server_header=False, ws="none",
+                            timeout_graceful_shutdown=CUT_SECONDS,
+                            ssl_context_factory=(lambda *_: tls) if tls else None)  # fmt: skip
+    return DrainingServer(config, drain)
+
+
+def _too_many(limit: int) -> bytes:
+    ADMISSION_REFUSED.labels(reason="connections").inc()
+    error = Overloaded(f"there are {limit} connections, which is all that there is room for", "requests", 1.0)
+    body = json.dumps(openai_body(error)).encode()
+    head = ["HTTP/1.1 429 Too Many Requests", "Content-Type: application/json", f"Content-Length: {len(body)}",
+            f"Retry-After: {error.retry_after_seconds}", "Connection: close"]  # fmt: skip
+    return "\r\n".join([*head, "", ""]).encode() + body
+
+
+def _stopped(timer: asyncio.TimerHandle | None) -> asyncio.TimerHandle | None:
+    """Stop a timer, if there is one, and return what takes its place: none."""
+    if timer:
+        timer.cancel()
+    return None
