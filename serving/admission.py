@@ -11,8 +11,8 @@ import asyncio
 import json
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from monitoring.metrics import ADMISSION_REFUSED, ADMISSION_RUNNING, ADMISSION_WAIT, ADMISSION_WAITING
@@ -43,7 +43,7 @@ class _Place:
     size: int
     tokens: int
     granted: asyncio.Future[None]
-    since: float = field(default_factory=time.monotonic)
+    since: float
 
 
 class Admission:
@@ -52,10 +52,11 @@ class Admission:
     Args:
         bounds: how many run and wait.
         slots: sequences that the engine generates at once.
+        clock: seconds that only rise.
     """
 
-    def __init__(self, bounds: AdmissionBounds, slots: int) -> None:
-        self.bounds = bounds
+    def __init__(self, bounds: AdmissionBounds, slots: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self.bounds, self.clock = bounds, clock
         self.size = bounds.running or slots
         self.queue_size = self.size if bounds.queued is None else bounds.queued
         self._running: set[_Place] = set()
@@ -74,7 +75,9 @@ class Admission:
         if visit.key:
             tokens = need.prompt_tokens + need.sequences * need.reply_tokens
             visit.held.append(visit.access.rates.reserve(visit.key, tokens))
-        place = _Place(visit, min(need.sequences, self.size), need.prompt_tokens, asyncio.get_running_loop().create_future())
+        place = _Place(
+            visit, min(need.sequences, self.size), need.prompt_tokens, asyncio.get_running_loop().create_future(), self.clock()
+        )
         if self._waiting or self._used + place.size > self.size:
             self._check_room(place)
             await self._wait(place)
@@ -115,13 +118,13 @@ class Admission:
 
     def _expected(self, place: _Place) -> float:
         """Return the seconds until there is room for a newcomer, if all take as long as those before did."""
-        now, least = time.monotonic(), self._seconds / self.size
+        now, least = self.clock(), self._seconds / self.size
         ends = sorted(max(self._seconds - (now - each.since), least) for each in self._running for _ in range(each.size))
         turns, last = divmod(place.size + sum(each.size for each in self._waiting) - 1, self.size)
         return turns * self._seconds + (ends[min(last, len(ends) - 1)] if ends else 0.0)
 
     def _grant(self, place: _Place) -> None:
-        began = time.monotonic()
+        began = self.clock()
         self._running.add(place)
         ADMISSION_WAIT.observe(began - place.since)
         place.since = began
@@ -132,7 +135,7 @@ class Admission:
 
     def _release(self, place: _Place) -> None:
         self._running.discard(place)
-        took = time.monotonic() - place.since
+        took = self.clock() - place.since
         self._seconds = took if not self._seconds else (1 - NEWEST_SHARE) * self._seconds + NEWEST_SHARE * took
         self._advance()
 

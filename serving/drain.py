@@ -27,6 +27,10 @@ class Drain:
         if self._deadline is None:
             self._deadline = time.monotonic() + self.seconds
 
+    def end(self) -> None:
+        """Give what is in flight no more time."""
+        self._deadline = 0.0
+
     @property
     def begun(self) -> bool:
         """Return whether the gateway is being stopped."""
@@ -44,7 +48,7 @@ class Drain:
 
     def cut(self) -> Stopping:
         """Return what is said to a request whose time is over."""
-        return Stopping(f"the gateway was stopped, and this was not finished within {self.seconds:g} s", 1.0)
+        return Stopping("the gateway was stopped before this was finished", 1.0)
 
     @contextmanager
     def answering(self) -> Iterator[None]:

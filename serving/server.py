@@ -84,6 +84,7 @@ class DrainingServer(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002 - the signature of a signal handler
         """Begin the drain at the first signal, and end at once at the second."""
         if self.drain.begun:
+            self.drain.end()
             self.should_exit = self.force_exit = True
         self.drain.begin()
 

@@ -215,14 +215,25 @@ class FakeEngine:
 
 
 @contextmanager
-def fake_service(tmp_path: Path, *overrides: str, index: Path | None = None) -> Iterator[httpx.Client]:
+def fake_running(tmp_path: Path, *overrides: str, index: Path | None = None) -> Iterator[Running]:
     """Serve a fake engine, base only, through the real launch code."""
-    with pytest.MonkeyPatch.context() as patch, ExitStack() as stack:
-        patch.setattr(launch.engines, "named", lambda _: FakeEngine("well"))
-        patch.setattr(launch, "WORK", tmp_path)
-        with environment(LLMLAB_INDEX=str(index or tmp_path / "none"), LLMLAB_RUNS=str(tmp_path / "none")):
-            served = stack.enter_context(running(MODEL, serve_config(*overrides), say=lambda _: None))
-        yield stack.enter_context(httpx.Client(base_url=served.url, trust_env=False, timeout=60))
+    with ExitStack() as stack:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(launch.engines, "named", lambda _: FakeEngine("well"))
+            patch.setattr(launch, "WORK", tmp_path)
+            with environment(LLMLAB_INDEX=str(index or tmp_path / "none"), LLMLAB_RUNS=str(tmp_path / "none")):
+                served = stack.enter_context(running(MODEL, serve_config(*overrides), say=lambda _: None))
+        yield served
+
+
+@contextmanager
+def fake_service(tmp_path: Path, *overrides: str, index: Path | None = None) -> Iterator[httpx.Client]:
+    """Serve a fake engine and yield a client of its gateway."""
+    with (
+        fake_running(tmp_path, *overrides, index=index) as served,
+        httpx.Client(base_url=served.url, trust_env=False, timeout=60) as client,
+    ):
+        yield client
 
 
 def python_path() -> dict[str, str]:

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,28 @@ def test_a_killed_engine_is_reported_and_comes_back(lab: Running, http: httpx.Cl
     wait_until(lambda: http.get("/readyz").status_code == 200)
     assert http.post("/v1/chat/completions", json=CHAT | {"model": TUNED}).status_code == 200
     assert metric(http, "llmlab_engine_restarts_total", engine="llamacpp") == restarts + 1
+
+
+@pytest.mark.slow
+def test_an_engine_that_is_killed_under_load_leaves_nobody_waiting(lab: Running, http: httpx.Client) -> None:
+    """Six streams at two slots, and the engine gone: each ends with an error or had ended, and the next ones are answered."""
+
+    def ask(_: int) -> str:
+        body = CHAT | {"max_tokens": 400, "stream": True, "ignore_eos": True}
+        return httpx.post(f"{lab.url}/v1/chat/completions", json=body, timeout=60, trust_env=False).text
+
+    supervisor = lab.service.supervisor
+    with ThreadPoolExecutor(6) as pool:
+        for _ in range(3):
+            answers = [pool.submit(ask, number) for number in range(6)]
+            wait_until(lambda: len(lab.service.admission._running) == 2)
+            descendants(supervisor._process.pid)[0].kill()
+            ended = [answer.result(timeout=30) for answer in answers]
+            assert all("[DONE]" in text or '"error"' in text for text in ended)
+            assert any("engine_unavailable" in text for text in ended)
+            wait_until(lambda: supervisor.status.up, 60)
+    assert not lab.service.admission._running
+    assert http.post("/v1/chat/completions", json=CHAT).status_code == 200
 
 
 def test_without_index_and_adapter_the_rest_works(tmp_path: Path) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import signal
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
 import pytest
 
+from monitoring import metrics
 from pipelines.errors import EngineError
 from serving.address import check_free
 from serving.engines.contract import Launch
@@ -78,6 +81,23 @@ def test_an_engine_that_cannot_be_started_again_is_tried_on_and_stop_still_works
     wait_until(lambda: "could not be started again" in supervisor.status.reason)
     supervisor.stop()
     assert not supervisor.status.up
+
+
+def test_after_failures_in_a_row_the_circuit_opens_and_one_try_closes_it(supervise: Start) -> None:
+    supervisor = supervise("well")
+    supervisor.await_health()
+    supervisor.watch()
+    supervisor.engine.behaviour = "dies"
+    descendants(supervisor._process.pid)[0].kill()
+    wait_until(lambda: "failed 3 times in a row" in supervisor.status.reason)
+    opened = time.monotonic()
+    assert metrics.REGISTRY.get_sample_value("llmlab_engine_circuit_open", {"engine": "llamacpp"}) == 1
+    said = supervisor.status.retry_after_seconds
+    assert 2 <= said <= 2 + 2 * math.ceil(supervisor._start_seconds), "the pause and a start"
+    supervisor.engine.behaviour = "well"
+    wait_until(lambda: supervisor.status.up)
+    assert 1.5 < time.monotonic() - opened < said + 3
+    assert metrics.REGISTRY.get_sample_value("llmlab_engine_circuit_open", {"engine": "llamacpp"}) == 0
 
 
 def test_stop_is_quick_where_it_can_be_and_safe_twice(supervise: Start) -> None:
