@@ -24,7 +24,7 @@ from serving.drain import Drain
 from serving.problems import Overloaded, openai_body
 from serving.settings import ConnectionBounds
 
-CUT_SECONDS = 1  # for the last words of streams whose time was over
+CUT_SECONDS = 1  # until requests are cancelled whose time is over
 
 
 class Connection(H11Protocol):
@@ -84,8 +84,7 @@ class DrainingServer(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002 - the signature of a signal handler
         """Begin the drain at the first signal, and end at once at the second."""
         if self.drain.begun:
-            self.drain.end()
-            self.should_exit = self.force_exit = True
+            self.drain.end()  # uvicorn's own force_exit would leave the application without its end
         self.drain.begin()
 
     async def on_tick(self, counter: int) -> bool:

@@ -57,7 +57,7 @@ def start(tmp_path: Path, *overrides: str) -> tuple[subprocess.Popen[str], str]:
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ["ends in time", "is cut", "second signal"])
 def test_a_stream_across_a_signal(tmp_path: Path, case: str) -> None:
-    tokens, seconds = (120, 30) if case == "ends in time" else (900, 1 if case == "is cut" else 30)
+    tokens, seconds = (200, 60) if case == "ends in time" else (900, 1 if case == "is cut" else 30)
     process, url = start(tmp_path, f"drain_seconds={seconds}")
     others = descendants(process.pid)
     with httpx.Client(trust_env=False, timeout=60) as client:
@@ -66,8 +66,8 @@ def test_a_stream_across_a_signal(tmp_path: Path, case: str) -> None:
             assert next(lines).startswith("data:")
             process.send_signal(signal.SIGTERM)
             began = time.monotonic()
-            wait_until(lambda: httpx.get(f"{url}/readyz", trust_env=False).status_code == 503, 5)
-            assert time.monotonic() - began < 1.5
+            wait_until(lambda: httpx.get(f"{url}/readyz", trust_env=False).status_code == 503, 10)
+            assert time.monotonic() - began < 5
             refused = httpx.post(f"{url}/v1/chat/completions", json=CHAT, trust_env=False)
             assert refused.status_code == 503 and refused.headers["Connection"] == "close" and "Retry-After" in refused.headers
             if case == "second signal":
@@ -75,7 +75,7 @@ def test_a_stream_across_a_signal(tmp_path: Path, case: str) -> None:
             data = [line.removeprefix("data: ") for line in lines if line]
             assert (data[-1] == "[DONE]") == (case == "ends in time")
             if case != "ends in time":
-                assert json.loads(data[-1])["error"]["code"] == "server_stopping" and time.monotonic() - began < 6
-    output, _ = process.communicate(timeout=30)
+                assert json.loads(data[-1])["error"]["code"] == "server_stopping" and time.monotonic() - began < 15
+    output, _ = process.communicate(timeout=60)
     assert process.returncode == 0 and output.rstrip().endswith("stopped") and "Traceback" not in output, output
     wait_until(lambda: gone(others), 20)
