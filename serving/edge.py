@@ -14,7 +14,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from monitoring.metrics import HTTP_REQUEST_DURATION, HTTP_REQUESTS, HTTP_REQUESTS_IN_FLIGHT, bounded
 from pipelines.errors import LabError
+from serving import record
+from serving.logs import write_request
 from serving.problems import BodyTooLarge, response, unexpected
+from serving.traces import Traces
 
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 UNMATCHED = "unmatched"
@@ -27,10 +30,14 @@ class Edge:
     Args:
         app: the application.
         limit_of: returns how long the body of a request may be, or raises why nothing of it is read.
+        traces: takes the spans of each request; None for none.
+        prompts: whether what users ask goes into the log.
     """
 
-    def __init__(self, app: ASGIApp, limit_of: Callable[[Scope], int]) -> None:
-        self.app, self.limit_of = app, limit_of
+    def __init__(
+        self, app: ASGIApp, limit_of: Callable[[Scope], int], traces: Traces | None = None, prompts: bool = False
+    ) -> None:
+        self.app, self.limit_of, self.traces, self.prompts = app, limit_of, traces, prompts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass one request on."""
@@ -38,11 +45,14 @@ class Edge:
             await self.app(scope, receive, send)
             return
         seen: dict[str, int] = {}
+        own = record.begin(scope, self.traces, prompts=self.prompts)
 
         async def remember(message: Message) -> None:
             if message["type"] == "http.response.start":
                 seen["status"] = message["status"]
+                message["headers"] = [*message.get("headers", ()), (record.HEADER, own.id.encode())]
             await send(message)
+            own.complete = message["type"] == "http.response.body" and not message.get("more_body", False)
 
         began = time.perf_counter()
         HTTP_REQUESTS_IN_FLIGHT.inc()
@@ -53,7 +63,10 @@ class Edge:
             raise
         finally:
             HTTP_REQUESTS_IN_FLIGHT.dec()
-            _count(scope, seen.get("status", CLIENT_CLOSED), time.perf_counter() - began)
+            status, seconds = seen.get("status", CLIENT_CLOSED), time.perf_counter() - began
+            _count(scope, status, seconds)
+            own.end(_template(scope), status)
+            write_request(own, _template(scope), status, seconds)
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send, seen: dict[str, int]) -> None:
         try:
@@ -102,9 +115,13 @@ def _replay(body: bytes, receive: Receive) -> Receive:
     return again
 
 
-def _count(scope: Scope, status: int, seconds: float) -> None:
+def _template(scope: Scope) -> str:
     route: Any = scope.get("route")
-    template = getattr(route, "path", UNMATCHED)
+    return str(getattr(route, "path", UNMATCHED))
+
+
+def _count(scope: Scope, status: int, seconds: float) -> None:
+    template = _template(scope)
     method = bounded(scope["method"], METHODS)
     HTTP_REQUESTS.labels(route=template, method=method, status=str(status)).inc()
     HTTP_REQUEST_DURATION.labels(route=template).observe(seconds)

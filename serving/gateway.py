@@ -21,6 +21,7 @@ from serving import documents_api, openai_api, rag_api
 from serving.edge import Edge
 from serving.problems import BadRequest, EngineDown, response
 from serving.service import Service
+from serving.traces import open_traces
 
 DESCRIPTION = "A tuned model, its base and a knowledge base behind one API. OpenAI's clients work below /v1 unchanged."
 SHOWN_PROBLEMS = 5
@@ -34,9 +35,13 @@ def create_app(service: Service, version: str) -> FastAPI:
         async with service.upstream:
             service.documents.start()
             yield
+            if traces:
+                await traces.close()
 
     app = FastAPIOffline(title="LLM Lab", version=version, description=DESCRIPTION, lifespan=lifespan)
-    app.add_middleware(Edge, limit_of=partial(documents_api.body_limit, service.config))
+    traces = open_traces(service.config.trace, service.supervisor.engine.name)
+    limit_of = partial(documents_api.body_limit, service.config)
+    app.add_middleware(Edge, limit_of=limit_of, traces=traces, prompts=service.config.log.prompts)
     app.include_router(openai_api.router(service))
     app.include_router(rag_api.router(service))
     app.include_router(documents_api.router(service))

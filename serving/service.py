@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from pipelines.runs import Run
 from serving.documents import Documents
+from serving.guard.gate import Gate
 from serving.knowledge import Knowledge
 from serving.settings import ServeConfig
 from serving.supervisor import Supervisor
@@ -34,6 +36,11 @@ class Service:
     documents: Documents
     run: Run | None
     base: dict[str, Any]
+
+    @cached_property
+    def guard(self) -> Gate:
+        """Return the guards, as configured."""
+        return Gate(self.config.guard)
 
     @property
     def names(self) -> tuple[str, ...]:
