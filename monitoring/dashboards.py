@@ -277,6 +277,24 @@ ENGINE = (
     ),
 )
 
+GUARDS = (
+    Plot(
+        "Guard findings per second",
+        "suffix: findings/s",
+        "Secrets in the output come from prompts or documents: find which. Many orders in the input: somebody tries the model. "
+        "block rising among honest users: set that guard to report.",
+        (Query(rate(m.GUARD_DECISIONS, by="guard, stage, action"), "{{guard}}, {{stage}}: {{action}}"),),
+        width=12,
+    ),
+    Plot(
+        "Guard latency",
+        "s",
+        "Milliseconds are usual for long prompts. More: run `llmlab bench guard`, and turn off what is not needed.",
+        _p50_p95(m.GUARD_DURATION, "stage"),
+        width=12,
+    ),
+)
+
 TRAINING = (
     Plot(
         "Training loss",
@@ -332,7 +350,8 @@ TRAINING = (
     ),
 )
 
-SECTIONS = {"Service": SERVICE, "Generation": GENERATION, "Retrieval": RETRIEVAL, "Engine": ENGINE, "Training": TRAINING}
+SECTIONS = {"Service": SERVICE, "Generation": GENERATION, "Retrieval": RETRIEVAL, "Guards": GUARDS, "Engine": ENGINE,
+            "Training": TRAINING}  # fmt: skip
 
 
 def overview() -> dashboard.Dashboard:

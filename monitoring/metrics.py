@@ -31,6 +31,9 @@ RAG_OUTCOMES = ("answered", "abstained", "error")
 RAG_STAGES = ("embed", "search", "prompt", "generate")
 ADMISSION_REASONS = ("queue", "queued_tokens", "wait", "key_requests", "key_tokens", "connections")
 CITATION_VALIDITY = ("yes", "no")
+GUARDS = ("secrets", "personal", "injection", "repetition", "length")
+GUARD_STAGES = ("input", "chunk", "output")
+GUARD_ACTIONS = ("report", "redact", "block")
 TRAINING_LABELS = ("model", "recipe", "rehearsal")  # names of the catalogue and of configs/recipes; yes or no
 
 # A generation on a CPU takes minutes, a health check milliseconds: 5 ms to 5 min.
@@ -41,6 +44,8 @@ _WAIT_SECONDS = (0.001, 0.01, 0.05, 0.1, 0.25, 0.5, 1, 2, 4, 8, 15, 30)
 _GENERATION_SECONDS = (0.1, 0.25, 0.5, 1, 2, 4, 8, 15, 30, 60, 120, 300)
 # A search takes about a millisecond, the generate stage as long as a generation.
 _STAGE_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+# Guards take fractions of a millisecond for a question, milliseconds for a long prompt.
+_GUARD_SECONDS = (0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25)
 _HITS = (0, 1, 2, 3, 4, 5, 8, 10, 15, 20, 50)
 _SCORES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
@@ -122,6 +127,19 @@ RAG_CITATIONS = Counter(
     "llmlab_rag_citations_total",
     "Citations in answers; valid=yes when the cited chunk number is among those given to the model.",
     ("valid",),
+    registry=REGISTRY,
+)
+GUARD_DECISIONS = Counter(
+    "llmlab_guard_decisions_total",
+    "Things that a guard found, by where it found them and what was done about them.",
+    ("guard", "stage", "action"),
+    registry=REGISTRY,
+)
+GUARD_DURATION = Histogram(
+    "llmlab_guard_duration_seconds",
+    "Time that all guards took for one question, its passages, or its reply.",
+    ("stage",),
+    buckets=_GUARD_SECONDS,
     registry=REGISTRY,
 )
 INDEX_CHUNKS = Gauge("llmlab_index_chunks", "Chunks in the index that is served.", registry=REGISTRY)
@@ -288,6 +306,11 @@ def _start_fixed_series() -> None:
         RAG_STAGE_DURATION.labels(stage=stage)
     for valid in CITATION_VALIDITY:
         RAG_CITATIONS.labels(valid=valid)
+    for stage in GUARD_STAGES:
+        GUARD_DURATION.labels(stage=stage)
+        for guard in GUARDS:
+            for action in GUARD_ACTIONS:
+                GUARD_DECISIONS.labels(guard=guard, stage=stage, action=action)
 
 
 _start_fixed_series()

@@ -15,10 +15,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from monitoring.metrics import HTTP_REQUEST_DURATION, HTTP_REQUESTS, HTTP_REQUESTS_IN_FLIGHT, bounded
 from pipelines.errors import LabError
+from serving import record
 from serving.access import Access
 from serving.drain import Drain
+from serving.logs import write_request
 from serving.problems import BodySlow, BodyTooLarge, event, response, unexpected
 from serving.settings import ConnectionBounds
+from serving.traces import Traces
 from serving.visit import VISIT, Visit
 
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
@@ -35,12 +38,17 @@ class Edge:
         access: who may ask.
         drain: whether the gateway is being stopped.
         bounds: how slowly a body may come.
+        traces: takes the spans of each request; None for none.
+        prompts: whether what users ask goes into the log.
     """
 
-    def __init__(self, app: ASGIApp, limit_of: Callable[[Scope], int], access: Access, drain: Drain,
-                 bounds: ConnectionBounds) -> None:  # fmt: skip
+    def __init__(
+        self, app: ASGIApp, limit_of: Callable[[Scope], int], access: Access, drain: Drain, bounds: ConnectionBounds,
+        traces: Traces | None = None, prompts: bool = False,
+    ) -> None:  # fmt: skip
         self.app, self.limit_of = app, limit_of
         self.access, self.drain, self.bounds = access, drain, bounds
+        self.traces, self.prompts = traces, prompts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass one request on."""
@@ -48,12 +56,15 @@ class Edge:
             await self.app(scope, receive, send)
             return
         seen: dict[str, Any] = {}
+        own = record.begin(scope, self.traces, prompts=self.prompts)
 
         async def remember(message: Message) -> None:
             if message["type"] == "http.response.start":
                 seen["status"] = message["status"]
                 seen["stream"] = b"text/event-stream" in dict(message["headers"]).get(b"content-type", b"")
+                message["headers"] = [*message.get("headers", ()), (record.HEADER, own.id.encode())]
             await send(message)
+            own.complete = message["type"] == "http.response.body" and not message.get("more_body", False)
 
         began, visit = time.perf_counter(), Visit(self.access)
         VISIT.set(visit)  # each request has a task of its own, so nobody else sees it
@@ -67,7 +78,10 @@ class Edge:
         finally:
             visit.leave()
             HTTP_REQUESTS_IN_FLIGHT.dec()
-            _count(scope, seen.get("status", CLIENT_CLOSED), time.perf_counter() - began)
+            status, seconds = seen.get("status", CLIENT_CLOSED), time.perf_counter() - began
+            _count(scope, status, seconds)
+            own.end(_template(scope), status)
+            write_request(own, _template(scope), status, seconds)
 
     async def _answer(self, visit: Visit, scope: Scope, receive: Receive, send: Send, seen: dict[str, Any]) -> None:
         try:
@@ -138,9 +152,13 @@ def _replay(body: bytes, receive: Receive) -> Receive:
     return again
 
 
-def _count(scope: Scope, status: int, seconds: float) -> None:
+def _template(scope: Scope) -> str:
     route: Any = scope.get("route")
-    template = getattr(route, "path", UNMATCHED)
+    return str(getattr(route, "path", UNMATCHED))
+
+
+def _count(scope: Scope, status: int, seconds: float) -> None:
+    template = _template(scope)
     method = bounded(scope["method"], METHODS)
     HTTP_REQUESTS.labels(route=template, method=method, status=str(status)).inc()
     HTTP_REQUEST_DURATION.labels(route=template).observe(seconds)

@@ -22,6 +22,7 @@ from serving import documents_api, openai_api, rag_api
 from serving.edge import Edge
 from serving.problems import BadRequest, EngineDown, response
 from serving.service import Service
+from serving.traces import open_traces
 
 DESCRIPTION = "A tuned model, its base and a knowledge base behind one API. OpenAI's clients work below /v1 unchanged."
 SHOWN_PROBLEMS = 5
@@ -35,14 +36,18 @@ def create_app(service: Service, version: str) -> FastAPI:
         async with service.upstream:
             service.documents.start()
             yield
+            if traces:
+                await traces.close()
 
     app = FastAPIOffline(title="LLM Lab", version=version, description=DESCRIPTION, lifespan=lifespan)
     config = service.config
+    traces = open_traces(config.trace, service.supervisor.engine.name)
     app.add_middleware(Edge, limit_of=partial(documents_api.body_limit, config), access=service.access, drain=service.drain,
-                       bounds=config.connections)  # fmt: skip
+                       bounds=config.connections, traces=traces, prompts=config.log.prompts)  # fmt: skip
     if config.cors_origins:  # outside of Edge: a browser asks first, without the key, whether it may send it
         app.add_middleware(CORSMiddleware, allow_origins=config.cors_origins, allow_methods=["GET", "POST", "DELETE"],
-                           allow_headers=["Authorization", "Content-Type"], expose_headers=["Retry-After"])  # fmt: skip
+                           allow_headers=["Authorization", "Content-Type"],
+                           expose_headers=["Retry-After", "X-Request-Id"])  # fmt: skip
     app.include_router(openai_api.router(service))
     app.include_router(rag_api.router(service))
     app.include_router(documents_api.router(service))

@@ -34,11 +34,13 @@ from serving.drain import Drain
 from serving.engines.contract import Launch
 from serving.keys import key_path
 from serving.knowledge import open_knowledge
+from serving.logs import written
 from serving.rates import Rates
 from serving.service import Service
 from serving.settings import ServeConfig
 from serving.supervisor import Supervisor
 from serving.tls import context as tls_context
+from serving.traces import check_traces
 from serving.tuned import EXPORT, LATEST, adapter_of, check_template, choose_run, exported_base, tuned_name
 from serving.upstream import Upstream
 
@@ -83,7 +85,11 @@ def serve(model_name: str, config: ServeConfig, *, adapter: str = LATEST, pull: 
         LabError: something does not fit or does not start; the message says what, and what to do.
     """
     try:
-        with stopped_by_signals() as asked, _prepared(model_name, config, adapter, pull, say) as (service, server, address):
+        with (
+            written(config.log),
+            stopped_by_signals() as asked,
+            _prepared(model_name, config, adapter, pull, say) as (service, server, address),
+        ):
             if asked():
                 raise KeyboardInterrupt
             say("ready; Ctrl-C stops gateway and engine")
@@ -119,6 +125,9 @@ def _prepared(
     """Yield a healthy engine behind a gateway that is ready to run, and stop the engine at the end."""
     model = catalogue.runnable(model_name)
     _check_context(model, config)
+    check_traces(config.trace)
+    if config.log.prompts:
+        say("warning: log.prompts is true, so the log holds what users ask")
     choice = choose_engine(config.engine)
     say(f"engine  {choice.choice}: {choice.reason}")
     run = choose_run(model, adapter)

@@ -22,6 +22,7 @@ from monitoring.metrics import GENERATION_REQUESTS, OTHER
 from pipelines.errors import LabError, UnknownName
 from serving import limits
 from serving.admission import need_of
+from serving.guard.contract import Told
 from serving.problems import openai_body, unexpected
 from serving.service import Service
 from serving.upstream import DONE, ClientGone, Meter, unless_gone
@@ -68,12 +69,14 @@ def router(service: Service) -> APIRouter:
     @routes.post("/chat/completions")
     async def chat(body: ChatRequest, request: Request) -> Response:
         """Complete a chat, in one piece or as a stream of server-sent events."""
-        asked = _checked(body, service)
+        told = Told()
+        asked = _checked(body, service, told)
         try:
             await unless_gone(request, service.admission.enter(need_of(asked)))
             if not body.stream:
-                return JSONResponse(await unless_gone(request, service.upstream.complete(asked)))
-            chunks = service.upstream.stream(asked, Meter(body.model))
+                completion = await unless_gone(request, service.upstream.complete(asked))
+                return JSONResponse(service.guard.completion(completion, told))
+            chunks = service.guard.stream(service.upstream.stream(asked, Meter(body.model)), told, asked.get("n") or 1)
             first = await unless_gone(request, _next(chunks))
         except ClientGone:
             return Response(status_code=499)
@@ -89,11 +92,12 @@ def _card(service: Service, name: str) -> dict[str, Any]:
     return {"id": name, "object": "model", "created": stamp, "owned_by": "llmlab", "passport": service.passport(name)}
 
 
-def _checked(body: ChatRequest, service: Service) -> dict[str, Any]:
+def _checked(body: ChatRequest, service: Service, told: Told) -> dict[str, Any]:
     """Return the request as the engine gets it; a refused one is counted."""
     try:
         limits.check_model(body.model, service.names)
-        return limits.bounded_chat(body.model_dump(exclude_unset=True), service.config, service.slots)
+        asked = limits.bounded_chat(body.model_dump(exclude_unset=True), service.config, service.slots)
+        return service.guard.request(asked, told)
     except LabError as error:
         name = OTHER if isinstance(error, UnknownName) else body.model
         GENERATION_REQUESTS.labels(model=name, outcome="refused").inc()

@@ -15,6 +15,7 @@ from typing import Any
 from fastapi.responses import JSONResponse
 
 from pipelines.errors import EngineError, LabError, UnknownName
+from serving import record
 from serving.engines.contract import Overflow
 
 LOG = logging.getLogger("serving")
@@ -38,6 +39,12 @@ class BodySlow(BadRequest):
     """The request body does not come, or too slowly."""
 
     http_status = 408
+
+
+class ContentFiltered(BadRequest):
+    """A guard blocks what was sent; the message names the guard and the kind, never the text."""
+
+    http_status = 400
 
 
 class AdminOff(LabError):
@@ -143,7 +150,7 @@ def clean(text: str) -> str:
 def lab_body(error: LabError) -> dict[str, Any]:
     """Return an error in our form."""
     return {"error": {"message": clean(error.came), "type": type(error).__name__, "expected": clean(error.expected),
-                      "next": clean(error.next_command)}}  # fmt: skip
+                      "next": clean(error.next_command)}, **record.id_field()}  # fmt: skip
 
 
 def openai_body(error: LabError) -> dict[str, Any]:
@@ -151,7 +158,8 @@ def openai_body(error: LabError) -> dict[str, Any]:
     status = openai_status(error)
     kind = error.kind if isinstance(error, Refused) else "invalid_request_error" if status < 500 else "server_error"
     parts = [error.came, error.expected and f"expected: {error.expected}", error.next_command]
-    return {"error": {"message": clean("; ".join(p for p in parts if p)), "type": kind, "param": None, "code": _code(error)}}
+    content = {"message": clean("; ".join(p for p in parts if p)), "type": kind, "param": None, "code": _code(error)}
+    return {"error": content, **record.id_field()}
 
 
 def openai_status(error: LabError) -> int:
@@ -187,8 +195,8 @@ def _headers(error: LabError) -> dict[str, str]:
 
 
 def unexpected(error: Exception) -> LabError:
-    """Log an error that nobody expected and return one that says only its id."""
-    number = secrets.token_hex(4)
+    """Log an error that nobody expected and return one that says only its id: the request's, if there is one."""
+    number = record.id_field().get("request_id") or secrets.token_hex(4)
     LOG.error("unexpected error %s", number, exc_info=error)
     return LabError(f"unexpected error {number}", "no error", f"look for {number} in the gateway's log")
 
@@ -210,5 +218,6 @@ def _code(error: LabError) -> str | None:
         BadRequest: "invalid_value", EngineRefused: "invalid_value", AdminOff: "admin_off", KeyWrong: "invalid_api_key",
         BodySlow: "request_timeout", NotAdmin: "admin_key_needed", AccessBroken: "keys_unusable",
         RateLimited: "rate_limit_exceeded", Overloaded: "server_overloaded", Stopping: "server_stopping",
+        ContentFiltered: "content_filter",
     }  # fmt: skip
     return codes.get(type(error))

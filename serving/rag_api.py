@@ -21,8 +21,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from monitoring.metrics import RAG_CITATIONS, RAG_HITS, RAG_REQUESTS, RAG_STAGE_DURATION, RAG_TOP_SCORE
 from pipelines.errors import LabError
 from pipelines.rag.answer import ABSTENTION, Reply, parse
-from serving import limits
+from serving import limits, record
 from serving.admission import BYTES_PER_TOKEN, Need
+from serving.guard.contract import Told
 from serving.openai_api import SSE_HEADERS
 from serving.packing import Packed, fitting
 from serving.problems import lab_body, unexpected
@@ -99,6 +100,13 @@ class Sentence(BaseModel):
     supported: bool | None
 
 
+class Guarded(BaseModel):
+    """How often something of a kind was replaced in question, passages and answer; and the guard that stopped the answer."""
+
+    redacted: dict[str, int]
+    blocked: str | None
+
+
 class Answer(BaseModel):
     """An answer; `citations` are the passages that it cites, `passages` all that were found for it and fit into the prompt.
 
@@ -123,6 +131,7 @@ class Answer(BaseModel):
     model: str
     timings: Timings
     usage: dict[str, int]
+    guard: Guarded
 
 
 def router(service: Service) -> APIRouter:
@@ -152,11 +161,15 @@ async def _steps(query: Query, service: Service) -> AsyncIterator[Step]:
     length = limits.check_max_tokens(query.max_tokens, service.config)
     model = limits.check_model(query.model or service.names[-1], service.names)
     service.knowledge.require()
-    await service.admission.enter(Need(1, len(query.question) // BYTES_PER_TOKEN + k * PASSAGE_TOKENS, length))
-    found = await service.knowledge.retrieve(query.question, k, query.where)
+    told = Told()
+    question = service.guard.question(query.question, told)
+    await service.admission.enter(Need(1, len(question) // BYTES_PER_TOKEN + k * PASSAGE_TOKENS, length))
+    with record.current().retrieval(service.knowledge.name) as span:
+        found = service.guard.passages(await service.knowledge.retrieve(question, k, query.where), told)
+        span.set("llmlab.retrieval.passages", len(found.hits))
     _count_retrieval(found)
     if found.answerable and found.hits:
-        packed = await fitting(query.question, found.hits, service.upstream, _room(service, length))
+        packed = await fitting(question, found.hits, service.upstream, _room(service, length))
     else:
         packed = Packed([], found.hits, ())
     hits = packed.hits if found.answerable else ()
@@ -165,7 +178,7 @@ async def _steps(query: Query, service: Service) -> AsyncIterator[Step]:
     meter, reader = Meter(model), AnswerReader(service.knowledge, replace(found, hits=packed.hits))
     if hits:
         body = {"model": model, "messages": packed.messages, "temperature": 0, "max_tokens": length}
-        async with aclosing(service.upstream.stream(body, meter)) as chunks:  # type: ignore[type-var]
+        async with aclosing(service.guard.stream(service.upstream.stream(body, meter), told)) as chunks:
             async for chunk in chunks:
                 if piece := text_of(chunk):
                     for step in await reader.feed(piece):
@@ -182,7 +195,7 @@ async def _steps(query: Query, service: Service) -> AsyncIterator[Step]:
         "citations": [passages[number - 1] for number in reply.cited], "invalid_citations": list(reply.invalid),
         "passages": passages, "held_back": [_left_out(hit, reason) for hit, reason in found.held_back],
         "left_out": [_left_out(hit, "no room in the prompt") for hit in packed.left_out],
-        "model": model, "timings": timings, "usage": meter.usage,
+        "model": model, "timings": timings, "usage": meter.usage, "guard": told.shown(),
     }  # fmt: skip
     yield "answer", answer
 

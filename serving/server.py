@@ -95,7 +95,7 @@ class DrainingServer(uvicorn.Server):
 def server(app: ASGIApp, drain: Drain, bounds: ConnectionBounds, tls: ssl.SSLContext | None) -> DrainingServer:
     """Return the server of an application, ready to run; it speaks TLS if there is a context for it."""
     protocol = type("BoundedConnection", (Connection,), {"bounds": bounds})
-    config = uvicorn.Config(app, http=protocol, log_level="warning", access_log=False, server_header=False, ws="none",
+    config = uvicorn.Config(app, http=protocol, log_config=None, access_log=False, server_header=False, ws="none",
                             timeout_graceful_shutdown=CUT_SECONDS,
                             ssl_context_factory=(lambda *_: tls) if tls else None)  # fmt: skip
     return DrainingServer(config, drain)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from pipelines.runs import Run
@@ -10,6 +11,7 @@ from serving.access import Access
 from serving.admission import Admission
 from serving.documents import Documents
 from serving.drain import Drain
+from serving.guard.gate import Gate
 from serving.knowledge import Knowledge
 from serving.settings import ServeConfig
 from serving.supervisor import Supervisor
@@ -43,6 +45,11 @@ class Service:
     access: Access
     admission: Admission
     drain: Drain
+
+    @cached_property
+    def guard(self) -> Gate:
+        """Return the guards, as configured."""
+        return Gate(self.config.guard)
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from pipelines.config import Config, load, named
 
@@ -51,6 +52,65 @@ class ConnectionBounds(Config):
     send_seconds: float = Field(gt=0)
 
 
+Off = BeforeValidator(lambda value: "off" if value is False else value)  # YAML reads a bare off as false
+GuardAction = Annotated[Literal["off", "report", "redact", "block"], Off]
+Refusal = Annotated[Literal["off", "report", "block"], Off]
+
+
+class PrivateGuard(Config):
+    """What is done about private data in what is asked, in passages, and in replies."""
+
+    input: GuardAction
+    chunks: GuardAction
+    output: GuardAction
+
+
+class InjectionGuard(Config):
+    """What is done about orders in what is asked; passages are screened by configs/rag, `screen`."""
+
+    input: Refusal
+
+
+class RepetitionGuard(Config):
+    """What is done about a reply that says the same run of words again and again."""
+
+    output: Refusal
+    words: int = Field(ge=2, le=64)
+    times: int = Field(ge=2)
+
+
+class LengthGuard(Config):
+    """What is done about a reply with too many characters."""
+
+    output: Refusal
+    max_chars: int = Field(ge=1)
+
+
+class GuardConfig(Config):
+    """What each guard does (serving.guard): off, report, redact or block."""
+
+    secrets: PrivateGuard
+    personal: PrivateGuard
+    injection: InjectionGuard
+    repetition: RepetitionGuard
+    length: LengthGuard
+
+
+class LogConfig(Config):
+    """What is logged, in which form, and where to (serving.logs)."""
+
+    format: Literal["text", "json"]
+    level: Literal["debug", "info", "warning", "error"]
+    file: str | None = Field(min_length=1, description="None for standard error")
+    prompts: bool
+
+
+class TraceConfig(Config):
+    """Where traces go (serving.traces)."""
+
+    otlp_endpoint: str | None = Field(pattern=r"^https?://[^/\s]+", description="None for OTEL_EXPORTER_OTLP_ENDPOINT, if set")
+
+
 class ServeConfig(Config):
     """One way to serve a model."""
 
@@ -81,6 +141,9 @@ class ServeConfig(Config):
     restart: Restart
     admission: AdmissionBounds
     connections: ConnectionBounds
+    guard: GuardConfig
+    log: LogConfig
+    trace: TraceConfig
 
     @model_validator(mode="after")
     def _sizes_agree(self) -> ServeConfig:

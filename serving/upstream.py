@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from fastapi import Request
 
 from monitoring.metrics import GENERATED_TOKENS, GENERATION_DURATION, GENERATION_REQUESTS, GENERATION_TTFT, PROMPT_TOKENS
+from serving import record
 from serving.engines.contract import Chat, Engine, Launch
 from serving.problems import BadRequest, EngineDown, EngineSilent, from_engine
 from serving.supervisor import Supervisor
@@ -47,8 +48,10 @@ class Meter:
         self.model, self.began = model, time.perf_counter()
         self.first_token: float | None = None
         self.usage: dict[str, int] = {}
+        self.finish_reasons: list[str] = []
         self.pieces = 0
         self.visit = VISIT.get(None)
+        self._record = record.current()
 
     def see(self, event: Mapping[str, Any]) -> None:
         """Take the first token's time and the token counts from a chunk or completion."""
@@ -56,6 +59,7 @@ class Meter:
             self.usage = {
                 key: int(event["usage"].get(key) or 0) for key in ("prompt_tokens", "completion_tokens", "total_tokens")
             }
+        self.finish_reasons += [choice["finish_reason"] for choice in event.get("choices", ()) if choice.get("finish_reason")]
         if event.get("object") != "chat.completion.chunk" or not _has_token(event):
             return
         self.pieces += 1
@@ -65,6 +69,7 @@ class Meter:
 
     async def __aenter__(self) -> Meter:
         """Start measuring."""
+        self._record.begin_generation(self.model)
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -76,6 +81,8 @@ class Meter:
             self.visit.spend(self.usage.get("total_tokens", self.visit.prompt_tokens + self.pieces))
         if kind is None:
             GENERATION_DURATION.labels(model=self.model).observe(time.perf_counter() - self.began)
+        ttft = self.first_token - self.began if self.first_token else None
+        self._record.end_generation(self.usage, self.finish_reasons, ttft, error)
 
 
 class Upstream:
@@ -168,7 +175,7 @@ class Upstream:
         content = _encode(self.engine.select(body, self.launch))
         try:
             async with self._client.stream(
-                "POST", CHAT_PATH, content=content, headers={"Content-Type": "application/json"}
+                "POST", CHAT_PATH, content=content, headers={"Content-Type": "application/json", **record.current().asked(body)}
             ) as reply:
                 if reply.status_code != 200:
                     raise self._refusal(reply.status_code, _error_object(await reply.aread()))

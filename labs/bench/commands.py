@@ -108,6 +108,25 @@ def answers(
     json_line(document)
 
 
+@bench_app.command()
+def guard(
+    rounds: Annotated[int, typer.Option(min=10, help="How often each figure is taken.")] = 200,
+) -> None:
+    """Measure what the guards cost: milliseconds for a prompt of 2,000 tokens, its passages, and each chunk of a stream.
+
+    Example: llmlab bench guard
+    """
+    from labs.bench.guard import bench_guard
+    from labs.screen import json_line, table
+
+    document = bench_guard(rounds)
+    rows = [
+        (name, stage, of["p50_ms"], of["p99_ms"]) for name, stages in document["guards"].items() for stage, of in stages.items()
+    ]
+    table(f"Guards, {rounds} rounds", ["guards", "stage", "p50 ms", "p99 ms"], rows)
+    json_line(document)
+
+
 def _show_answers(document: dict[str, Any]) -> None:
     from labs.bench.answers import KINDS, WHO_ABSTAINS
     from labs.screen import table

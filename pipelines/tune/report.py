@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.errors import DataError, TrainingFailed
+from pipelines.private_forms import KINDS
 from pipelines.tune.packing import encode
 from pipelines.tune.rows import Row
 
@@ -23,13 +24,6 @@ NEAR = 0.8
 COMMON_SHINGLE_ROWS = 50  # a shingle of more rows is a phrase of the format, not a sign of a copy
 OVERLAP_WORDS = 13
 WORD = re.compile(r"\w+")
-PRIVATE = {
-    "e-mail": re.compile(r"[\w.+-]+@[\w-]+\.[\w.-]*\w"),
-    "phone": re.compile(
-        r"(?<![\w.])(?<!\d[ -])(?:\+\d{1,3}[\s./-]?)?(?:\(\d{2,5}\)[\s./-]?|\d{2,5}[\s./-])\d{3,4}[\s./-]?\d{3,4}(?![\w.]|[ -]\d)"
-    ),
-    "card": re.compile(r"(?<!\d)\d(?:[ -]?\d){12,18}(?!\d)"),
-}
 
 
 @dataclass(frozen=True)
@@ -42,7 +36,7 @@ class Report:
         near_copies: (origin, origin, similarity 0..1): Jaccard index of their word 5-grams (Broder 1997) of 0.8 or more.
         overlap: rows of the evaluation file that share 13 words in a row (Brown et al. 2020, arXiv 2005.14165) with a row
             here, or a whole shorter text.
-        private: for e-mail, phone and card (by its check digit) the rows that hold something of that form.
+        private: for each kind of pipelines.private, such as e-mail, card and API key, the rows that hold one.
         prompt_tokens, reply_tokens: for each row, tokens that are read and tokens that are learnt.
         too_long: rows that would lose their end, were they cut at max_tokens.
         silent: rows without a supervised token.
@@ -89,7 +83,7 @@ def report(rows: Sequence[Row], tokenizer: Any, max_tokens: int, evaluation: Seq
             silent.append(row.origin)
     return Report(
         rows=len(rows), copies=_copies(rows), near_copies=list(_near_copies(rows)), overlap=overlap(rows, evaluation),
-        private={kind: [row.origin for row in rows if holds_private(kind, text_of(row))] for kind in PRIVATE},
+        private={kind.name: [row.origin for row in rows if kind.search(text_of(row), 0)] for kind in KINDS},
         prompt_tokens=[p for p, _ in lengths], reply_tokens=[r for _, r in lengths],
         too_long=too_long, silent=silent, endless=endless,
     )  # fmt: skip
@@ -110,13 +104,6 @@ def overlap(rows: Sequence[Row], evaluation: Sequence[Row]) -> list[str]:
         return []
     known = {gram for row in rows for gram in _grams(_words(_asked(row)), OVERLAP_WORDS)}
     return [row.origin for row in evaluation if known.intersection(_grams(_words(_asked(row)), OVERLAP_WORDS))]
-
-
-def holds_private(kind: str, text: str) -> bool:
-    """Return True if a text holds something of the form of an e-mail address, a phone number or a card number."""
-    if kind != "card":
-        return PRIVATE[kind].search(text) is not None
-    return any(_luhn(re.sub(r"\D", "", found)) for found in PRIVATE[kind].findall(text))
 
 
 def text_of(row: Row) -> str:
@@ -198,9 +185,3 @@ def _words(text: str) -> list[str]:
 def _grams(words: Sequence[str], size: int) -> Iterable[tuple[str, ...]]:
     """Return all runs of `size` words; of a shorter text the whole."""
     return (tuple(words[i : i + size]) for i in range(max(1, len(words) - size + 1))) if words else ()
-
-
-def _luhn(digits: str) -> bool:
-    """Return True if the last digit is the check digit of the others (ISO/IEC 7812-1)."""
-    total = sum(int(d) if i % 2 == 0 else sum(divmod(2 * int(d), 10)) for i, d in enumerate(reversed(digits)))
-    return total % 10 == 0 and len(set(digits)) > 1

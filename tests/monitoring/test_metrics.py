@@ -49,7 +49,7 @@ def test_units_are_base_units() -> None:
 
 def test_histogram_buckets_rise() -> None:
     histograms = (metrics.HTTP_REQUEST_DURATION, metrics.GENERATION_TTFT, metrics.GENERATION_DURATION,
-                  metrics.RAG_STAGE_DURATION, metrics.RAG_HITS, metrics.RAG_TOP_SCORE)  # fmt: skip
+                  metrics.RAG_STAGE_DURATION, metrics.RAG_HITS, metrics.RAG_TOP_SCORE, metrics.GUARD_DURATION)  # fmt: skip
     for histogram in histograms:
         assert list(histogram._upper_bounds) == sorted(set(histogram._upper_bounds))
 

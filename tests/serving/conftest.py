@@ -173,6 +173,11 @@ class Answer(http.server.BaseHTTPRequestHandler):
             self.wfile.write(b"data: " + json.dumps(chunk).encode() + b"\\n\\n")
             self.wfile.flush()
             os._exit(3)
+        if text == "trace":
+            message = {"role": "assistant", "content": self.headers.get("traceparent")}
+            usage = {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
+            whole = {"choices": [{"index": 0, "message": message, "finish_reason": "stop"}], "usage": usage}
+            self.wfile.write(json.dumps(whole).encode())
         if text == "nonsense":
             self.wfile.write(b"data: {not json\\n\\n")
     def log_message(self, *_):

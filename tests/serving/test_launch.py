@@ -219,11 +219,13 @@ def test_nothing_is_left_running(tmp_path: Path, number: signal.Signals) -> None
     assert len(others) == 2, "the leash and the engine"
     url = next(word for line in lines for word in line.split() if word.startswith("http://"))
     assert httpx.get(f"{url}/readyz", trust_env=False).status_code == 200
+    assert httpx.get(f"{url}/v1/models", trust_env=False).status_code == 200
     process.send_signal(number)
     last_words, _ = process.communicate(timeout=60)
     wait_until(lambda: gone(others), 30)
     if number != signal.SIGKILL:
-        assert process.returncode == 0 and last_words.strip() == "stopped"
+        request, stopped = last_words.splitlines()
+        assert process.returncode == 0 and stopped == "stopped" and "route=/v1/models status=200" in request
 
 
 def test_ctrl_c_while_the_engine_loads(tmp_path: Path) -> None:

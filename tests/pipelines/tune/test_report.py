@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from pipelines.config import ROOT
-from pipelines.tune.report import holds_private, mask, overlap, report
+from pipelines.tune.report import mask, overlap, report
 from pipelines.tune.rows import Row
 
 LONG = "The quick brown fox jumps over the lazy dog near the old mill by the river every single morning at six"
@@ -38,21 +38,6 @@ def jaccard(one: str, other: str) -> float:
         words = text.lower().replace("'", " ").split()
         grams.append({" ".join(words[i : i + 5]) for i in range(len(words) - 4)})
     return len(grams[0] & grams[1]) / len(grams[0] | grams[1])
-
-
-@pytest.mark.parametrize(
-    ("text", "kinds"),
-    [
-        ("write to jane.doe+x@example.co.uk today", {"e-mail"}),
-        ("call +49 30 1234 5678 or (020) 7946 0958", {"phone"}),
-        ("card 4111 1111 1111 1111 is a test number", {"card"}),
-        ("card 4111 1111 1111 1112 has a wrong check digit", set()),
-        ("in 2023 there were 12,345 cases, 3.14 on average, version 1.2.3", set()),
-    ],
-)
-def test_private_data_is_told_by_its_form(text: str, kinds: set[str]) -> None:
-    assert {kind for kind in ("e-mail", "phone", "card") if holds_private(kind, text)} >= kinds
-    assert kinds or not any(holds_private(kind, text) for kind in ("e-mail", "phone", "card"))
 
 
 def test_overlap_is_thirteen_words_or_a_whole_short_prompt() -> None:
