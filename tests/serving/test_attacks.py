@@ -17,7 +17,7 @@ import httpx
 import pytest
 
 from serving.launch import Running, running
-from tests.serving.conftest import MODEL, environment, python_path, serve_config
+from tests.serving.conftest import MODEL, environment, serve_config
 
 CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1}
 SEEDS = [
@@ -94,6 +94,8 @@ def mutated(random_: random.Random) -> tuple[str, bytes]:
                     turn[random_.choice(["role", "content", "name", "tool_calls", "new"])] = random_.choice(JUNK)
             case _:
                 body.pop(random_.choice(list(body)), None) if len(body) > 1 else None
+    if path != "/v1/embeddings" and body.get("max_tokens") is None:
+        body["max_tokens"] = 1  # or the few that are valid take minutes
     content = json.dumps(body).encode()
     if random_.random() < 0.2:
         damaged = bytearray(content)
@@ -138,8 +140,9 @@ def test_what_the_openapi_document_allows_never_breaks_the_server(index_root: Pa
         with running(MODEL, config, say=lambda _: None) as served:
             checks = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"
             command = [sys.executable, "-m", "schemathesis.cli", "run", f"{served.url}/openapi.json", "--checks", checks,
-                       "--phases", "fuzzing", "--max-examples", "25", "--seed", "3", "--max-time", "30", "--no-shrink",
+                       "--phases", "fuzzing", "--max-examples", "25", "--seed", "3", "--max-time", "20", "--no-shrink",
                        "--suppress-health-check", "all", "--continue-on-failure"]  # fmt: skip
-            done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=python_path(), timeout=200)
+            done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=200)
             assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+            print(done.stdout[-2500:])
             assert httpx.get(f"{served.url}/readyz", trust_env=False).status_code == 200

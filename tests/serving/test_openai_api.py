@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from json import dumps
 
 import httpx
 import openai
@@ -128,8 +129,6 @@ def test_a_prompt_longer_than_the_context_says_the_numbers(client: openai.OpenAI
     ],
 )
 def test_wrong_values_are_refused_in_openais_form(http: httpx.Client, wrong: dict[str, object]) -> None:
-    from json import dumps
-
     body = dumps({"model": MODEL, "messages": CHAT, "max_tokens": 4} | wrong)  # ASCII, so that a surrogate gets through
     response = http.post("/v1/chat/completions", content=body, headers={"Content-Type": "application/json"})
     assert response.status_code == 400, response.text
@@ -144,10 +143,12 @@ def test_a_body_that_is_no_request(http: httpx.Client, content: bytes) -> None:
     assert response.status_code == 400 and response.json()["error"]["type"] == "invalid_request_error"
 
 
-def test_not_a_number_is_refused(http: httpx.Client) -> None:
-    body = b'{"model": "%s", "messages": [{"role": "user", "content": "x"}], "temperature": NaN}' % MODEL.encode()
-    response = http.post("/v1/chat/completions", content=body, headers={"Content-Type": "application/json"})
-    assert response.status_code == 400 and "not valid JSON" in response.json()["error"]["message"]
+@pytest.mark.parametrize("field", ["temperature", "response_format"])
+def test_not_a_number_is_refused(http: httpx.Client, field: str) -> None:
+    form = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"const": float("nan")}}}
+    body = {"model": MODEL, "messages": CHAT, field: form if field == "response_format" else float("nan")}
+    response = http.post("/v1/chat/completions", content=dumps(body), headers={"Content-Type": "application/json"})
+    assert response.status_code == 400 and response.json()["error"]["type"] == "invalid_request_error"
 
 
 def test_a_huge_body_is_refused(http: httpx.Client) -> None:
