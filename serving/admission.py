@@ -153,8 +153,14 @@ class Admission:
         ADMISSION_WAITING.set(len(self._waiting))
 
 
-def need_of(body: Mapping[str, Any]) -> Need:
-    """Return what a chat request takes whose length is set; its prompt is estimated from its bytes."""
-    messages: Sequence[Any] = body["messages"]
-    size = len(json.dumps(messages, ensure_ascii=False).encode("utf-8", "replace"))
-    return Need(body.get("n") or 1, size // BYTES_PER_TOKEN + TURN_TOKENS * len(messages), body["max_tokens"])
+def need_of(requests: Sequence[Mapping[str, Any]]) -> Need:
+    """Return what generations take that are asked for at once, of chats or texts whose length is set; prompts are estimated."""
+    return Need(len(requests), sum(map(_prompt_tokens, requests)), requests[0]["max_tokens"])
+
+
+def _prompt_tokens(request: Mapping[str, Any]) -> int:
+    prompt = request.get("prompt", request.get("messages"))
+    if isinstance(prompt, list) and all(isinstance(part, int) for part in prompt):
+        return len(prompt)  # token ids
+    turns = len(prompt) if isinstance(prompt, list) else 1
+    return len(json.dumps(prompt, ensure_ascii=False).encode("utf-8", "replace")) // BYTES_PER_TOKEN + TURN_TOKENS * turns

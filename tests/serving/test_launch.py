@@ -99,7 +99,7 @@ def test_an_engine_that_is_killed_under_load_leaves_nobody_waiting(lab: Running,
 
 def test_without_index_and_adapter_the_rest_works(tmp_path: Path) -> None:
     with fake_service(tmp_path) as client:
-        assert [m["id"] for m in client.get("/v1/models").json()["data"]] == [MODEL]
+        assert [m["id"] for m in client.get("/v1/models").json()["data"]] == [MODEL, "minilm"]
         response = client.post("/v1/rag/query", json={"question": "Who made Vela?"})
         assert response.status_code == 503 and "make index" in response.json()["error"]["next"]
         assert client.get("/readyz").status_code == 200
