@@ -30,6 +30,7 @@ GENERATION_OUTCOMES = ("ok", "error", "cancelled", "refused")
 RAG_OUTCOMES = ("answered", "abstained", "error")
 RAG_STAGES = ("embed", "search", "prompt", "generate")
 CITATION_VALIDITY = ("yes", "no")
+ADAPTER_CHANGE_KINDS, ADAPTER_CHANGE_OUTCOMES = ("add", "remove"), ("ok", "failed")
 TRAINING_LABELS = ("model", "recipe", "rehearsal")  # names of the catalogue and of configs/recipes; yes or no
 
 # A generation on a CPU takes minutes, a health check milliseconds: 5 ms to 5 min.
@@ -125,6 +126,12 @@ ENGINE_INFO = Gauge(
     "llmlab_engine_info",
     "Always 1; the labels name the engine that was chosen and the reason.",
     ("engine", "reason"),
+    registry=REGISTRY,
+)
+ADAPTER_CHANGES = Counter(
+    "llmlab_adapter_changes_total",
+    "Adapters added or removed over the API, by how that ended.",
+    ("change", "outcome"),
     registry=REGISTRY,
 )
 BUILD_INFO = Gauge("llmlab_build_info", "Always 1; the label names the version of the lab.", ("version",), registry=REGISTRY)
@@ -261,6 +268,9 @@ def _start_fixed_series() -> None:
         RAG_STAGE_DURATION.labels(stage=stage)
     for valid in CITATION_VALIDITY:
         RAG_CITATIONS.labels(valid=valid)
+    for change in ADAPTER_CHANGE_KINDS:
+        for outcome in ADAPTER_CHANGE_OUTCOMES:
+            ADAPTER_CHANGES.labels(change=change, outcome=outcome)
 
 
 _start_fixed_series()

@@ -41,7 +41,7 @@ class ChatRequest(BaseModel):
 
     model_config = ConfigDict(extra="allow", strict=True)
 
-    model: str = Field(description="the base, or its name with -tuned for the adapter")
+    model: str = Field(description="the base, or an adapter: its name with -tuned for the newest")
     messages: list[Message] = Field(min_length=1)
     stream: bool | None = False
     stream_options: dict[str, Any] | None = None
@@ -82,8 +82,8 @@ def router(service: Service) -> APIRouter:
 
 
 def _card(service: Service, name: str) -> dict[str, Any]:
-    created = datetime.strptime(service.run.created, "%Y%m%dT%H%M%SZ").replace(tzinfo=UTC) if service.run else None
-    stamp = int(created.timestamp()) if created and name != service.names[0] else 0
+    run = service.run_of(name)
+    stamp = int(datetime.strptime(run.created, "%Y%m%dT%H%M%SZ").replace(tzinfo=UTC).timestamp()) if run else 0
     return {"id": name, "object": "model", "created": stamp, "owned_by": "llmlab", "passport": service.passport(name)}
 
 

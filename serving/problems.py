@@ -18,7 +18,7 @@ from serving.engines.contract import Overflow
 
 LOG = logging.getLogger("serving")
 OPENAI_PATHS = ("/v1/chat/", "/v1/models")
-DOCUMENT_PATHS = ("/v1/documents",)  # OpenAI's form, and the status that says most
+DOCUMENT_PATHS = ("/v1/documents", "/v1/adapters")  # OpenAI's form, and the status that says most
 
 
 class BadRequest(LabError):
@@ -76,6 +76,16 @@ class EngineFailed(EngineError):
     http_status = 502
 
 
+class ProviderBusy(EngineError):
+    """A remote model takes no more requests; it is worth asking again in `retry_after_seconds`."""
+
+    http_status = 429
+
+    def __init__(self, reason: str, retry_after_seconds: int) -> None:
+        self.retry_after_seconds = retry_after_seconds
+        super().__init__(reason, "fewer requests", f"ask again in {retry_after_seconds} s")
+
+
 class EngineSilent(EngineError):
     """The engine took longer than the request may take."""
 
@@ -108,7 +118,7 @@ def openai_status(error: LabError) -> int:
 
 def response(error: LabError, path: str) -> JSONResponse:
     """Return the answer for an error, in the form of the API that the path belongs to."""
-    headers = {"Retry-After": str(error.retry_after_seconds)} if isinstance(error, EngineDown) else None
+    headers = {"Retry-After": str(error.retry_after_seconds)} if isinstance(error, EngineDown | ProviderBusy) else None
     if isinstance(error, KeyWrong):
         headers = {"WWW-Authenticate": "Bearer"}
     if path.startswith(DOCUMENT_PATHS):
@@ -130,6 +140,8 @@ def from_engine(status: int, error: Mapping[str, Any], overflow: Overflow | None
     if overflow:
         return ContextExceeded(overflow)
     message = str(error.get("message", "no message"))
+    if status == 429:
+        return ProviderBusy(message, int(error.get("retry_after_seconds") or 1))
     if 400 <= status < 500:
         return EngineRefused(message)
     return EngineFailed(f"the engine answered {status}: {message}", "an answer", "GET /readyz")
@@ -139,6 +151,7 @@ def _code(error: LabError) -> str | None:
     codes: dict[type[LabError], str] = {
         ContextExceeded: "context_length_exceeded", UnknownName: "model_not_found", EngineDown: "engine_unavailable",
         EngineFailed: "engine_failed", EngineSilent: "timeout", BodyTooLarge: "request_too_large",
-        BadRequest: "invalid_value", EngineRefused: "invalid_value", AdminOff: "admin_off", KeyWrong: "invalid_api_key",
+        ProviderBusy: "rate_limit_exceeded", BadRequest: "invalid_value", EngineRefused: "invalid_value",
+        AdminOff: "admin_off", KeyWrong: "invalid_api_key",
     }  # fmt: skip
     return codes.get(type(error))

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from pydantic import Field, model_validator
 
+from pipelines.catalogue import PROVIDER_MODEL
 from pipelines.config import Config, load, named
 
 
@@ -17,6 +18,36 @@ class Slots(Config):
 
     llamacpp: int = Field(ge=1, le=256)
     vllm: int = Field(ge=1, le=4096)
+    provider: int = Field(ge=1, le=4096)
+
+
+class VllmSettings(Config):
+    """How vLLM spreads over GPUs, and what it keeps for adapters that come while it runs."""
+
+    tensor_parallel: int = Field(ge=1, le=64)
+    pipeline_parallel: int = Field(ge=1, le=64)
+    nodes: int = Field(ge=1, le=64)
+    spare_adapters: int = Field(ge=0, le=64)
+    lora_rank: int = Field(ge=1, le=512)
+
+    @property
+    def gpus(self) -> int:
+        """Return how many GPUs there are to be, on all nodes together."""
+        return self.tensor_parallel * self.pipeline_parallel
+
+    @model_validator(mode="after")
+    def _nodes_are_alike(self) -> VllmSettings:
+        if self.gpus % self.nodes:
+            raise ValueError(f"{self.gpus} GPUs (tensor_parallel x pipeline_parallel) do not spread over {self.nodes} nodes")
+        return self
+
+
+class ProviderSettings(Config):
+    """Which remote model answers; its key is in the environment, under the name that the provider's own client reads."""
+
+    model: str | None = Field(pattern=PROVIDER_MODEL)
+    base_url: str | None = Field(pattern=r"^https?://[^\s/@?#]+(/[^\s?#]*)?$", description="without a key or a password in it")
+    timeout_seconds: float = Field(gt=0)
 
 
 class Restart(Config):
@@ -51,6 +82,8 @@ class ServeConfig(Config):
     request_seconds: float = Field(gt=0)
     drain_seconds: int = Field(ge=0)
     restart: Restart
+    vllm: VllmSettings
+    provider: ProviderSettings
 
     @model_validator(mode="after")
     def _sizes_agree(self) -> ServeConfig:
