@@ -129,15 +129,15 @@ class Provider:
 
 def main() -> None:
     """Make the client of the provider, listen, and serve until a signal ends the process."""
-    import uvicorn
-
-    from serving.engines.provider_api import RemoteModel, create_app
-
     options = _options()
     kind = options.model.partition(":")[0]
     remote = REMOTES.get(kind, Remote("", f"langchain-{kind.replace('_', '-')}"))
     if remote.key and not os.environ.get(remote.key):
         sys.exit(_NO_KEY + remote.key)
+    import uvicorn
+
+    from serving.engines.provider_api import RemoteModel, create_app
+
     model = RemoteModel(options.model, options.base_url or None, options.timeout_seconds, options.slots, remote.key)
     try:
         model.client()
