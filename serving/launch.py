@@ -30,7 +30,7 @@ from serving.address import check_free, listen
 from serving.documents import Documents
 from serving.engines.contract import Launch
 from serving.engines.provider import PROVIDER, remote_model
-from serving.engines.vllm import check_gpus
+from serving.engines.vllm import check_gpus, check_room
 from serving.knowledge import open_knowledge
 from serving.service import Service
 from serving.settings import ServeConfig
@@ -174,6 +174,8 @@ def _supervisor(model: Model, config: ServeConfig, choice: Choice, chosen: Chose
         vllm=config.vllm,
         provider=config.provider.model_copy(update={"model": model.provider}),
     )
+    if gpu and model.dimensions:
+        check_room(launch, model.dimensions, min(card.memory_bytes for card in machine.gpus))
     set_engine(choice.choice, choice.reason)
     return Supervisor(engine, launch, config.startup_seconds, config.restart)
 

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelines.catalogue import Model
+from pipelines.catalogue import Dimensions, Model
 from pipelines.errors import ConfigError, EngineError
 from pipelines.hardware import VLLM_PYTHON
 from serving.engines.contract import Adapter, Chat, Launch, LiveAdapters, Overflow, Trouble
@@ -168,6 +168,27 @@ def check_gpus(settings: VllmSettings, here: int) -> None:
     if wanted > max(1, here):
         raise ConfigError(f"vllm.tensor_parallel x vllm.pipeline_parallel asks for {wanted} GPUs on this machine, it has {here}",
                           f"at most {max(1, here)} on each of {settings.nodes}", "--set vllm.tensor_parallel=1")  # fmt: skip
+
+
+def check_room(launch: Launch, dimensions: Dimensions, memory_bytes: int) -> None:
+    """Raise `EngineError` if weights and the cache of one whole context are more than the GPUs may give; no minutes are lost.
+
+    Args:
+        launch: with safetensors as its base; all GPUs together hold them once.
+        dimensions: of the model, for the size of its cache in 16 bits.
+        memory_bytes: of one GPU.
+    """
+    assert launch.base
+    gpus = launch.vllm.gpus if launch.vllm else 1
+    weights = sum(path.stat().st_size for path in launch.base.glob("*.safetensors"))
+    left = int(memory_bytes * gpus * launch.gpu_memory_share) - weights
+    fits = max(0, left // dimensions.kv_bytes_per_token)
+    if fits >= launch.context_tokens:
+        return
+    came = (f"weights of {weights / 2**30:.2f} GiB leave {max(0, left) / 2**30:.2f} GiB of {gpus} GPU for the cache, "
+            f"{fits} tokens of it")  # fmt: skip
+    way_on = f"--set context_tokens={fits // 256 * 256}" if fits >= 256 else "--set vllm.tensor_parallel=2, or a smaller model"
+    raise EngineError(came, f"room for context_tokens, {launch.context_tokens}", way_on)
 
 
 def _lora_name(adapter: Adapter) -> str:
