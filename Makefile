@@ -86,7 +86,7 @@ index: .venv/base $(if $(filter ray,$(ENGINE)),.venv/ray) ## index the documents
 	@$(LLMLAB) index sync $(if $(DOCS),'$(DOCS)') $(foreach s,$(SET),--set '$(s)') $(if $(ENGINE),--engine $(ENGINE)) $(if $(WORKERS),--workers $(WORKERS))
 
 serve: .venv/base ## serve MODEL and its newest adapter on 127.0.0.1:8000 (ENGINE=auto, PORT=8000)
-	@$(LLMLAB) serve $(MODEL) $(if $(ENGINE),--engine $(ENGINE)) $(if $(PORT),--port $(PORT)) $(if $(ADAPTER),--adapter $(ADAPTER)) $(foreach s,$(SET),--set '$(s)')
+	@$(LLMLAB) serve $(MODEL) $(if $(ENGINE),--engine $(ENGINE)) $(if $(PORT),--port $(PORT)) $(foreach a,$(ADAPTER),--adapter '$(a)') $(foreach s,$(SET),--set '$(s)')
 
 ask: .venv/base ## ask the running server: make ask Q="Who developed Falcon 40B?"
 	@$(LLMLAB) ask "$$Q" $(if $(PORT),--port $(PORT))

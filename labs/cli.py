@@ -234,14 +234,20 @@ def export(
 @app.command()
 def serve(
     name: ModelName = "smollm2-135m",
-    adapter: Annotated[str, typer.Option(help="latest, none, or the id of a finetune or export run.")] = "latest",
-    engine: Annotated[str | None, typer.Option(help="auto, llamacpp or vllm.")] = None,
+    adapter: Annotated[
+        list[str] | None, typer.Option(help="latest, none, or the id of a finetune or export run; again for more, NAME=RUN.")
+    ] = None,
+    engine: Annotated[str | None, typer.Option(help="auto, llamacpp, vllm or provider.")] = None,
     port: Port = None,
     set_: Overrides = None,
     tls_cert: Annotated[str | None, typer.Option(help="PEM file of a certificate; with --tls-key it is served as HTTPS.")] = None,
     tls_key: Annotated[str | None, typer.Option(help="PEM file of its private key.")] = None,
 ) -> None:
-    """Serve a model, its adapter and the index behind one API until Ctrl-C; a second Ctrl-C waits for nobody."""
+    """Serve a model, its adapters and the index behind one API until Ctrl-C; a second Ctrl-C waits for nobody.
+
+    Examples: llmlab serve --adapter 20260101T000000Z-0a1b2c3d --adapter faq=20260102T000000Z-4e5f6a7b;
+    llmlab serve --engine provider --set provider.model=openai:gpt-4o-mini; llmlab serve gpt-4o --engine provider
+    """
     from labs.screen import say
     from serving.launch import serve as run_server
     from serving.settings import load_serve_config
@@ -249,7 +255,7 @@ def serve(
     given = [f"engine={engine}"] if engine else []
     given += [f"port={port}"] if port is not None else []
     given += [f"{field}={json.dumps(file)}" for field, file in (("tls_cert", tls_cert), ("tls_key", tls_key)) if file is not None]
-    run_server(name, load_serve_config("default", [*(set_ or ()), *given]), adapter=adapter, say=say)
+    run_server(name, load_serve_config("default", [*(set_ or ()), *given]), adapter=adapter or "latest", say=say)
 
 
 @app.command()
@@ -285,7 +291,7 @@ def monitor(
 
     config = load_serve_config()
     training = f"{HOST}:{PORT if metrics_port is None else metrics_port}"
-    watch(f"{config.host}:{port or config.port}", f"{config.host}:{config.engine_port}", training, say)
+    watch(f"{config.host}:{port or config.port}", training, say)
 
 
 @app.command()

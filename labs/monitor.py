@@ -22,12 +22,11 @@ GRAFANA_URL = "http://127.0.0.1:3000"
 Say = Callable[[str], None]
 
 
-def monitor(gateway: str, engine: str, training: str, say: Say) -> None:
+def monitor(gateway: str, training: str, say: Say) -> None:
     """Run Prometheus, and Grafana if there is Docker, until Ctrl-C; both listen on loopback.
 
     Args:
-        gateway: host:port of the gateway.
-        engine: host:port of the engine's own metrics.
+        gateway: host:port of the gateway, which passes on the engine's own metrics.
         training: host:port at which a training answers while it runs.
         say: receives lines for the user.
 
@@ -35,8 +34,8 @@ def monitor(gateway: str, engine: str, training: str, say: Say) -> None:
         EngineError: there is no Prometheus, or it does not start.
     """
     try:
-        with stopped_by_signals(), prometheus(gateway, engine, training) as server:
-            say(f"Prometheus {server.url} scrapes gateway {gateway}, engine {engine} and training {training}")
+        with stopped_by_signals(), prometheus(gateway, training) as server:
+            say(f"Prometheus {server.url} scrapes gateway {gateway} with its engine, and training {training}")
             with grafana(say):
                 say("Ctrl-C stops")
                 while True:
@@ -47,11 +46,11 @@ def monitor(gateway: str, engine: str, training: str, say: Say) -> None:
 
 @contextmanager
 def prometheus(
-    gateway: str, engine: str, training: str, listen: str = prometheus_server.LISTEN
+    gateway: str, training: str, listen: str = prometheus_server.LISTEN
 ) -> Iterator[prometheus_server.PrometheusServer]:
     """Run Prometheus for the length of the block; `EngineError` if it is missing or does not start."""
     try:
-        config = prometheus_server.resolve_config(STATE, gateway, engine, training)
+        config = prometheus_server.resolve_config(STATE, gateway, training)
         with prometheus_server.PrometheusServer(config, STATE / "data", listen) as server:
             yield server
     except (prometheus_server.PrometheusMissing, prometheus_server.PrometheusFailed) as error:

@@ -261,6 +261,13 @@ ENGINE = (
         kind="value",
     ),
     Plot(
+        "Adapter changes in the last hour",
+        "short",
+        "Adapters added and removed over the API. A failed change left everything as it was; its answer says why.",
+        (Query(f"sum by (change, outcome) (increase({m.series_name(m.ADAPTER_CHANGES)}[1h]))", "{{change}}: {{outcome}}"),),
+        kind="value",
+    ),
+    Plot(
         "Engine and why",
         "none",
         "The engine that was chosen at the start, and the reason. If it is not the expected one, the reason"

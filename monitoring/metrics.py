@@ -34,6 +34,7 @@ CITATION_VALIDITY = ("yes", "no")
 GUARDS = ("secrets", "personal", "injection", "repetition", "length")
 GUARD_STAGES = ("input", "chunk", "output")
 GUARD_ACTIONS = ("report", "redact", "block")
+ADAPTER_CHANGE_KINDS, ADAPTER_CHANGE_OUTCOMES = ("add", "remove"), ("ok", "failed")
 TRAINING_LABELS = ("model", "recipe", "rehearsal")  # names of the catalogue and of configs/recipes; yes or no
 
 # A generation on a CPU takes minutes, a health check milliseconds: 5 ms to 5 min.
@@ -166,6 +167,12 @@ ENGINE_INFO = Gauge(
     "llmlab_engine_info",
     "Always 1; the labels name the engine that was chosen and the reason.",
     ("engine", "reason"),
+    registry=REGISTRY,
+)
+ADAPTER_CHANGES = Counter(
+    "llmlab_adapter_changes_total",
+    "Adapters added or removed over the API, by how that ended.",
+    ("change", "outcome"),
     registry=REGISTRY,
 )
 BUILD_INFO = Gauge("llmlab_build_info", "Always 1; the label names the version of the lab.", ("version",), registry=REGISTRY)
@@ -311,6 +318,9 @@ def _start_fixed_series() -> None:
         for guard in GUARDS:
             for action in GUARD_ACTIONS:
                 GUARD_DECISIONS.labels(guard=guard, stage=stage, action=action)
+    for change in ADAPTER_CHANGE_KINDS:
+        for outcome in ADAPTER_CHANGE_OUTCOMES:
+            ADAPTER_CHANGES.labels(change=change, outcome=outcome)
 
 
 _start_fixed_series()

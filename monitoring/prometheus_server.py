@@ -66,7 +66,6 @@ def command(binary: Path, config: Path, storage: Path, listen: str = LISTEN) -> 
 def resolve_config(
     directory: Path,
     gateway: str = "127.0.0.1:8000",
-    engine: str | None = "127.0.0.1:8081",
     training: str = "127.0.0.1:8090",
     scrape_seconds: int | None = None,
 ) -> Path:
@@ -74,17 +73,14 @@ def resolve_config(
 
     Args:
         directory: created if need be.
-        gateway: host:port of the gateway.
-        engine: host:port of the engine; None for one without metrics of its own, such as a remote provider.
+        gateway: host:port of the gateway, which has the engine's metrics too.
         training: host:port at which a training answers while it runs.
         scrape_seconds: seconds between two scrapes and rule evaluations; None keeps those of the file.
     """
     config = yaml.safe_load(CONFIG.read_text(encoding="utf-8"))
-    targets = {GATEWAY_JOB: gateway, ENGINE_JOB: engine, TRAINING_JOB: training}
+    targets = {GATEWAY_JOB: gateway, ENGINE_JOB: gateway, TRAINING_JOB: training}
     config["scrape_configs"] = [
-        {**job, "static_configs": [{"targets": [targets[job["job_name"]]]}]}
-        for job in config["scrape_configs"]
-        if targets[job["job_name"]] is not None
+        {**job, "static_configs": [{"targets": [targets[job["job_name"]]]}]} for job in config["scrape_configs"]
     ]
     if scrape_seconds is not None:
         names = ("scrape_interval", "scrape_timeout", "evaluation_interval")

@@ -20,6 +20,9 @@ FACT_KEYS = (
 )  # fmt: skip
 
 
+PROVIDER_MODEL = r"^[a-z][a-z0-9_]*:[A-Za-z0-9][\w./:@-]*$"  # provider:model, as LangChain's init_chat_model takes it
+
+
 class Fact(Config):
     """One statement about a model; `maker` is given only where the document is silent or says something else."""
 
@@ -46,6 +49,11 @@ class Dimensions(Config):
     tied_embeddings: bool
     context_tokens: int = Field(gt=0)
     rope_theta: float = Field(gt=0)
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Return the size of keys and values of one token in 16 bits: two for each layer, as wide as the KV heads."""
+        return 2 * 2 * self.layers * self.kv_heads * (self.hidden // self.heads)
 
 
 class HubFiles(Config):
@@ -100,6 +108,7 @@ class Model(Named):
     dimensions: Dimensions | None = None
     tuning: Tuning | None = None
     rehearsal: Rehearsal | None = None
+    provider: str | None = Field(default=None, pattern=PROVIDER_MODEL, description="its id where it is had through an API only")
 
     @model_validator(mode="after")
     def _keys_are_known(self) -> Model:
@@ -153,6 +162,8 @@ def runnable(name: str) -> Model:
     model = find(name)
     if not model.runnable:
         ready = ", ".join(m.name for m in all_models() if m.runnable)
-        raise ConfigError(f"{name} has facts in the catalogue, but nothing that says how to run it yet", f"one of {ready}",
-                          f"llmlab show {name}")  # fmt: skip
+        way_on = f"llmlab show {name}" + (f", or llmlab serve {name} --engine provider" if model.provider else "")
+        raise ConfigError(
+            f"{name} has facts in the catalogue, but nothing that says how to run it yet", f"one of {ready}", way_on
+        )
     return model

@@ -55,6 +55,8 @@ class DataError(LabError):
 class RunIncomplete(LabError):
     """A run directory has no valid manifest, or a file in it is not the one that was recorded."""
 
+    http_status = 409
+
 
 class FingerprintMismatch(LabError):
     """Two artefacts do not belong together: an index and an embedder, an adapter and a base, a template and its lock."""
@@ -82,6 +84,8 @@ class OutOfMemory(LabError):
 
 class RehearsalRefused(LabError):
     """A rehearsed run was handed to a step that acts on real weights."""
+
+    http_status = 409
 
 
 class TrainingFailed(LabError):

@@ -19,7 +19,7 @@ from pipelines.config import ROOT
 from pipelines.errors import ConfigError, EngineError
 
 VLLM_PYTHON = ROOT / ".venv-vllm" / "bin" / "python"
-ENGINES = ("auto", "llamacpp", "vllm")
+ENGINES = ("auto", "llamacpp", "vllm", "provider")
 
 # How long OpenMP's threads spin before they sleep; torch and llama.cpp read it from the environment when they start. With
 # the library's own value, threads of two busy programs starve each other: llama.cpp fell from 100 to 1 token/s beside one

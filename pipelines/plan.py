@@ -168,7 +168,7 @@ def make_plan(entry: Model, recipe: Recipe, machine: Machine, device: str, *, on
         activation_bytes=activation_bytes(model, batch, size),
         mapped_bytes=_file_bytes(entry) * in_nf4 // base if device == "cpu" else 0,
         fixed_bytes=RUNTIME_BYTES + WORKSPACE_BYTES if device == "cpu" else 0, processes=processes,
-        kv_bytes_per_token=2 * 2 * d.layers * d.kv_heads * (d.hidden // d.heads),
+        kv_bytes_per_token=d.kv_bytes_per_token,
         available_memory_bytes=_free_gpu_memory() if device == "cuda" else machine.free_memory_bytes,
         download_bytes=0 if on_disk else entry.weights.download_bytes, run_bytes=(2 * 12 + 2 * 4) * trained,
         free_disk_bytes=machine.free_disk_bytes, seconds=passes * base * tokens / speed, license_gate=entry.weights.license_gate,

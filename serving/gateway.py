@@ -19,7 +19,7 @@ from starlette.middleware.cors import CORSMiddleware
 
 from monitoring.metrics import REGISTRY, set_build, start_series
 from pipelines.errors import LabError
-from serving import documents_api, embeddings_api, openai_api, rag_api
+from serving import adapters_api, documents_api, embeddings_api, openai_api, rag_api
 from serving.edge import Edge
 from serving.problems import BadRequest, EngineDown, LabProblem, UnknownField, clean, field_name, response
 from serving.service import Service
@@ -34,7 +34,7 @@ def create_app(service: Service, version: str) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        async with service.upstream:
+        async with service.upstream, service.adapters:
             service.documents.start()
             yield
             if traces:
@@ -54,6 +54,7 @@ def create_app(service: Service, version: str) -> FastAPI:
     app.include_router(embeddings_api.router(service))
     app.include_router(rag_api.router(service))
     app.include_router(documents_api.router(service))
+    app.include_router(adapters_api.router(service))
     _add_operations(app, service)
     app.add_exception_handler(LabError, _lab_error)
     app.add_exception_handler(RequestValidationError, _invalid)
@@ -83,6 +84,11 @@ def _add_operations(app: FastAPI, service: Service) -> None:
         from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
         return Response(generate_latest(REGISTRY), media_type=CONTENT_TYPE_LATEST)
+
+    @app.get("/metrics/engine", tags=["operations"], response_class=PlainTextResponse)
+    async def engine_metrics() -> Response:
+        """Return the metrics of the engine that answers now, whatever its port; none for one that has no metrics."""
+        return PlainTextResponse(await service.upstream.metrics())
 
 
 async def _lab_error(request: Request, error: Exception) -> Response:

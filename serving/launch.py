@@ -2,7 +2,7 @@
 
 `serve` runs until Ctrl-C; `running` serves for the length of a `with` block. Neither generates anything itself. Run by:
 
-    llmlab serve MODEL [--adapter latest|none|RUN] [--port 8000] [--set engine=llamacpp]
+    llmlab serve MODEL [--adapter latest|none|RUN|NAME=RUN ...] [--port 8000] [--set engine=llamacpp]
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -24,14 +24,16 @@ from pipelines.catalogue import Model
 from pipelines.config import ROOT
 from pipelines.errors import ConfigError, EngineError
 from pipelines.hardware import Choice, Machine, choose_engine, probe
-from pipelines.runs import Run
 from serving import engines
 from serving.access import Access, loopback
+from serving.adapters import Adapters
 from serving.address import check_free, listen
 from serving.admission import Admission
 from serving.documents import Documents
 from serving.drain import Drain
 from serving.engines.contract import Launch
+from serving.engines.provider import PROVIDER, remote_model
+from serving.engines.vllm import check_gpus, check_room
 from serving.keys import key_path
 from serving.knowledge import open_knowledge
 from serving.logs import written
@@ -41,7 +43,7 @@ from serving.settings import ServeConfig
 from serving.supervisor import Supervisor
 from serving.tls import context as tls_context
 from serving.traces import check_traces
-from serving.tuned import EXPORT, LATEST, adapter_of, check_template, choose_run, exported_base, tuned_name
+from serving.tuned import LATEST, NONE, Chosen, check_template, choose, exported_base, tuned_name
 from serving.upstream import Upstream
 
 if TYPE_CHECKING:
@@ -62,22 +64,25 @@ class Running:
 
     Attributes:
         url: address of the gateway.
-        engine_url: address of the engine.
         service: what is served.
     """
 
     url: str
-    engine_url: str
     service: Service
 
+    @property
+    def engine_url(self) -> str:
+        """Return the address of the engine that answers now."""
+        return self.service.upstream.launch.url
 
-def serve(model_name: str, config: ServeConfig, *, adapter: str = LATEST, pull: bool = False, say: Say) -> None:
+
+def serve(model_name: str, config: ServeConfig, *, adapter: str | Sequence[str] = LATEST, pull: bool = False, say: Say) -> None:
     """Serve a model until Ctrl-C or SIGTERM; nothing is left running afterwards.
 
     Args:
         model_name: a catalogue entry.
         config: addresses, sizes and limits.
-        adapter: "latest", "none", or the id of a finetune or export run.
+        adapter: "latest", "none", the id of a finetune or export run, or several of them, also as NAME=RUN.
         pull: allow the weights to be fetched if they are not on disk.
         say: receives lines for the user.
 
@@ -101,7 +106,9 @@ def serve(model_name: str, config: ServeConfig, *, adapter: str = LATEST, pull: 
 
 
 @contextmanager
-def running(model_name: str, config: ServeConfig, *, adapter: str = LATEST, pull: bool = False, say: Say) -> Iterator[Running]:
+def running(
+    model_name: str, config: ServeConfig, *, adapter: str | Sequence[str] = LATEST, pull: bool = False, say: Say
+) -> Iterator[Running]:
     """Serve a model for the length of the block, from a thread of this process; arguments and errors as for `serve`."""
     with _prepared(model_name, config, adapter, pull, say) as (service, server, address):
         service.supervisor.watch()
@@ -112,7 +119,7 @@ def running(model_name: str, config: ServeConfig, *, adapter: str = LATEST, pull
                 if not thread.is_alive():
                     raise EngineError("the gateway did not start", "a running gateway", "make doctor")
                 time.sleep(0.02)
-            yield Running(_url(address, config), service.supervisor.launch.url, service)
+            yield Running(_url(address, config), service)
         finally:
             service.drain.begin()
             thread.join()
@@ -120,65 +127,86 @@ def running(model_name: str, config: ServeConfig, *, adapter: str = LATEST, pull
 
 @contextmanager
 def _prepared(
-    model_name: str, config: ServeConfig, adapter: str, pull: bool, say: Say
+    model_name: str, config: ServeConfig, adapter: str | Sequence[str], pull: bool, say: Say
 ) -> Iterator[tuple[Service, DrainingServer, socket.socket]]:
     """Yield a healthy engine behind a gateway that is ready to run, and stop the engine at the end."""
-    model = catalogue.runnable(model_name)
-    _check_context(model, config)
     check_traces(config.trace)
     if config.log.prompts:
         say("warning: log.prompts is true, so the log holds what users ask")
     choice = choose_engine(config.engine)
+    model = remote_model(model_name, config.provider) if choice.choice == PROVIDER else catalogue.runnable(model_name)
+    _check_context(model, config)
     say(f"engine  {choice.choice}: {choice.reason}")
-    run = choose_run(model, adapter)
-    say(_about(run, model_name, adapter))
+    chosen = _chosen(model, choice, [adapter] if isinstance(adapter, str) else adapter, say)
     tls = tls_context(Path(config.tls_cert), Path(config.tls_key)) if config.tls_cert and config.tls_key else None
-    with listen(config.host, config.port, "--port 8001") as address:
+    with listen(config.host, config.port, "--port 8001") as address, ExitStack() as stack:
         access = Access(key_path(config.keys), config.host, Rates(WORK / "spent.sqlite"))
-        supervisor = _supervisor(model, config, choice, run, pull, say)
-        try:
-            supervisor.spawn()
-            knowledge = open_knowledge(config.index, config.rag)  # while the engine loads
-            say(f"index   {knowledge.summary}")
-            supervisor.await_health()
-            if run:
-                check_template(run, supervisor.engine, supervisor.launch)
-            upstream = Upstream(supervisor.engine, supervisor.launch, supervisor, config.request_seconds)
-            documents = Documents(knowledge, config)
-            admission = Admission(config.admission, supervisor.launch.slots)
-            service = Service(config, supervisor, upstream, knowledge, documents, run, _base(model, supervisor.launch),
-                              access, admission, Drain(config.drain_seconds))  # fmt: skip
-            _say_addresses(_url(address, config), config.host, service, say)
-            yield service, _server(service, tls), address
-        finally:
-            supervisor.stop()
-            access.rates.close()
+        stack.callback(access.rates.close)
+        supervisor = _supervisor(model, config, choice, chosen, pull, say)
+        stack.callback(supervisor.stop)
+        supervisor.spawn()
+        knowledge = open_knowledge(config.index, config.rag)  # while the engine loads
+        say(f"index   {knowledge.summary}")
+        supervisor.await_health()
+        for run in chosen.runs:
+            check_template(run, supervisor.engine, supervisor.launch)
+        upstream = Upstream(supervisor.engine, supervisor.launch, supervisor, config.request_seconds)
+        adapters = Adapters(upstream, model, config, whole=chosen.whole is not None)
+        stack.callback(adapters.stop)
+        service = Service(
+            config=config, upstream=upstream, adapters=adapters, knowledge=knowledge, documents=Documents(knowledge, config),
+            run=chosen.whole, base=_base(model, supervisor.launch), access=access,
+            admission=Admission(config.admission, supervisor.launch.slots), drain=Drain(config.drain_seconds),
+        )  # fmt: skip
+        _say_addresses(_url(address, config), config.host, service, say)
+        yield service, _server(service, tls), address
 
 
-def _supervisor(model: Model, config: ServeConfig, choice: Choice, run: Run | None, pull: bool, say: Say) -> Supervisor:
-    engine, machine = engines.named(choice.choice), probe()
-    whole = run if run and run.kind == EXPORT else None
+def _chosen(model: Model, choice: Choice, wanted: Sequence[str], say: Say) -> Chosen:
+    """Return the runs that are served, and tell the user which."""
+    if choice.choice == PROVIDER:
+        if set(wanted) - {LATEST, NONE}:
+            raise ConfigError(
+                "a provider's model takes no adapters", "a model that runs here", "llmlab serve MODEL --adapter RUN"
+            )
+        return Chosen(None, ())
+    chosen = choose(model, wanted)
+    for line in _about(chosen, model.name, wanted):
+        say(line)
+    return chosen
+
+
+def _supervisor(model: Model, config: ServeConfig, choice: Choice, chosen: Chosen, pull: bool, say: Say) -> Supervisor:
+    engine, machine, whole = engines.named(choice.choice), probe(), chosen.whole
+    gpu = bool(machine.gpus) and choice.choice == "vllm"
+    if choice.choice == "vllm":
+        check_gpus(config.vllm, len(machine.gpus))
     port = check_free(ENGINE_HOST, config.engine_port, "--set engine_port=8082")
     launch = Launch(
         model=tuned_name(model.name) if whole else model.name,
         base=exported_base(whole, choice.choice) if whole else engine.base_path(model, pull, say),
-        adapter=adapter_of(run, model.name) if run and not whole else None,
+        adapters=chosen.adapters,
         host=ENGINE_HOST,
         port=port,
         context_tokens=config.context_tokens,
         slots=getattr(config.slots, choice.choice),
         threads=machine.cpus,
-        gpu=bool(machine.gpus) and choice.choice == "vllm",
+        gpu=gpu,
         work=WORK / f"{choice.choice}-{port}",
         gpu_memory_share=_gpu_memory_share(config, machine),
+        vllm=config.vllm,
+        provider=config.provider.model_copy(update={"model": model.provider}),
     )
+    if gpu and model.dimensions:
+        check_room(launch, model.dimensions, min(card.memory_bytes for card in machine.gpus))
     set_engine(choice.choice, choice.reason)
     return Supervisor(engine, launch, config.startup_seconds, config.restart)
 
 
 def _gpu_memory_share(config: ServeConfig, machine: Machine) -> float:
-    """Return the wanted share, or, of a GPU that others use too, what is free but for a reserve."""
-    free = [gpu.free_memory_bytes / gpu.memory_bytes for gpu in machine.gpus[:1] if gpu.free_memory_bytes]
+    """Return the wanted share, or, of GPUs that others use too, what is free of the fullest but for a reserve."""
+    used = machine.gpus[: config.vllm.gpus // config.vllm.nodes]
+    free = [gpu.free_memory_bytes / gpu.memory_bytes for gpu in used if gpu.free_memory_bytes]
     return max(0.05, min([config.gpu_memory_share, *(round(share - GPU_RESERVE, 2) for share in free)]))
 
 
@@ -217,19 +245,20 @@ def _check_context(model: Model, config: ServeConfig) -> None:
                           f"--set context_tokens={longest}")  # fmt: skip
 
 
-def _about(run: Run | None, model: str, adapter: str) -> str:
-    if run:
-        kind = "export" if run.kind == EXPORT else "adapter"
-        return f"{kind} {run.id}, asked for as {tuned_name(model)}" + (
-            " (a REHEARSAL, named explicitly)" if run.rehearsal else ""
-        )
-    return "adapter none: " + ("the base alone was asked for" if adapter != LATEST else f"{model} has no run yet (make finetune)")
+def _about(chosen: Chosen, model: str, wanted: Sequence[str]) -> list[str]:
+    served = [("export", tuned_name(model), chosen.whole)] if chosen.whole else []
+    served += [("adapter", adapter.name, adapter.run) for adapter in chosen.adapters]
+    note = " (a REHEARSAL, named explicitly)"
+    lines = [f"{kind} {run.id}, asked for as {name}{note if run.rehearsal else ''}" for kind, name, run in served]
+    none = "the base alone was asked for" if LATEST not in wanted else f"{model} has no run yet (make finetune)"
+    return lines or [f"adapter none: {none}"]
 
 
 def _base(model: Model, launch: Launch) -> dict[str, Any]:
     weights = model.weights
     source = {"hub": weights.hub, "revision": weights.revision} if weights else {}
-    return {"title": model.title, "weights": launch.base.name, **source}
+    of_provider = {"provider": model.provider} if launch.base is None else {"weights": launch.base.name}
+    return {"title": model.title, **of_provider, **source}
 
 
 def _say_addresses(url: str, host: str, service: Service, say: Say) -> None:

@@ -82,7 +82,7 @@ def router(service: Service) -> APIRouter:
         """List the served models, each with its passport; the embedder comes last."""
         return Cards(data=[*(_card(service, name) for name in service.names), _embedder_card(service)])
 
-    @routes.get("/models/{name}")
+    @routes.get("/models/{name:path}")
     def model(name: str) -> Card:
         """Show one served model."""
         embedder = _embedder_card(service)
@@ -158,8 +158,8 @@ async def _answer(
 
 
 def _card(service: Service, name: str) -> Card:
-    created = datetime.strptime(service.run.created, "%Y%m%dT%H%M%SZ").replace(tzinfo=UTC) if service.run else None
-    stamp = int(created.timestamp()) if created and name != service.names[0] else 0
+    run = service.run_of(name)
+    stamp = int(datetime.strptime(run.created, "%Y%m%dT%H%M%SZ").replace(tzinfo=UTC).timestamp()) if run else 0
     return Card(id=name, created=stamp, task="generate", passport=service.passport(name))
 
 

@@ -22,8 +22,8 @@ from serving.engines.contract import Overflow
 LOG = logging.getLogger("serving")
 OPENAI_PATHS = "/v1/"  # but for ours, below
 LAB_PATHS = ("/v1/rag",)
+DOCUMENT_PATHS = ("/v1/documents", "/v1/adapters")  # OpenAI's form, and the status that says most
 _TYPES = ("str", "int", "float", "bool")
-DOCUMENT_PATHS = ("/v1/documents",)  # OpenAI's form, and the status that says most
 
 
 class OpenAIError(BaseModel):
@@ -183,6 +183,16 @@ class EngineFailed(EngineError):
     http_status = 502
 
 
+class ProviderBusy(EngineError):
+    """A remote model takes no more requests; it is worth asking again in `retry_after_seconds`."""
+
+    http_status = 429
+
+    def __init__(self, reason: str, retry_after_seconds: int) -> None:
+        self.retry_after_seconds = retry_after_seconds
+        super().__init__(reason, "fewer requests", f"ask again in {retry_after_seconds} s")
+
+
 class EngineSilent(EngineError):
     """The engine took longer than the request may take."""
 
@@ -245,7 +255,7 @@ def event(error: LabError, path: str) -> bytes:
 def _headers(error: LabError) -> dict[str, str]:
     """Return what an error says beside its body; a connection is not kept where the rest of a body is still to come."""
     headers = {"WWW-Authenticate": "Bearer"} if isinstance(error, KeyWrong) else {}
-    if isinstance(error, EngineDown | Refused | Stopping):
+    if isinstance(error, EngineDown | ProviderBusy | Refused | Stopping):
         headers["Retry-After"] = str(error.retry_after_seconds)
     if isinstance(error, Stopping | BodySlow):
         headers["Connection"] = "close"
@@ -264,6 +274,8 @@ def from_engine(status: int, error: Mapping[str, Any], overflow: Overflow | None
     if overflow:
         return ContextExceeded(overflow)
     message = str(error.get("message", "no message"))
+    if status == 429:
+        return ProviderBusy(message, int(error.get("retry_after_seconds") or 1))
     if 400 <= status < 500:
         return EngineRefused(message, param=param if isinstance(param := error.get("param"), str) else None)
     return EngineFailed(f"the engine answered {status}: {message}", "an answer", "GET /readyz")
@@ -277,6 +289,6 @@ def _code(error: LabError) -> str | None:
         UnknownModel: "model_not_found", EngineRefused: "invalid_value", AdminOff: "admin_off", KeyWrong: "invalid_api_key",
         BodySlow: "request_timeout", NotAdmin: "admin_key_needed", AccessBroken: "keys_unusable",
         RateLimited: "rate_limit_exceeded", Overloaded: "server_overloaded", Stopping: "server_stopping",
-        ContentFiltered: "content_filter",
+        ContentFiltered: "content_filter", ProviderBusy: "rate_limit_exceeded",
     }  # fmt: skip
     return codes.get(type(error))

@@ -159,7 +159,7 @@ async def _steps(query: Query, service: Service) -> AsyncIterator[Step]:
     limits.check_question(query.question, service.config)
     k = limits.check_k(query.k, service.knowledge.top_k, service.config)
     length = limits.check_max_tokens(query.max_tokens, service.config)
-    model = limits.check_model(query.model or service.names[-1], service.names)
+    model = limits.check_model(query.model or service.preferred, service.names)
     service.knowledge.require()
     told = Told()
     question = service.guard.question(query.question, told)

@@ -1,4 +1,4 @@
-"""What the gateway serves: one model, its adapter's run, the engine that answers, and the index; made by `serving.launch`."""
+"""What the gateway serves: one model, its adapters, the engine that answers, and the index; made by `serving.launch`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 from pipelines.runs import Run
 from serving.access import Access
+from serving.adapters import Adapters
 from serving.admission import Admission
 from serving.documents import Documents
 from serving.drain import Drain
@@ -24,11 +25,11 @@ class Service:
 
     Attributes:
         config: limits and sizes.
-        supervisor: the engine process; its launch has the names of base and adapter.
-        upstream: the way to the engine.
+        upstream: the way to the engine; its launch has the names of base and adapters.
+        adapters: changes them.
         knowledge: the index.
         documents: what is added to it over the API.
-        run: where the adapter, or the model in place of the base, comes from; or None.
+        run: where the model in place of the base comes from; or None.
         base: what the base is: title, hub id, revision, file.
         access: who may ask.
         admission: the places at the engine.
@@ -36,8 +37,8 @@ class Service:
     """
 
     config: ServeConfig
-    supervisor: Supervisor
     upstream: Upstream
+    adapters: Adapters
     knowledge: Knowledge
     documents: Documents
     run: Run | None
@@ -52,20 +53,35 @@ class Service:
         return Gate(self.config.guard)
 
     @property
+    def supervisor(self) -> Supervisor:
+        """Return who keeps the engine running that answers now."""
+        return self.upstream.supervisor
+
+    @property
     def names(self) -> tuple[str, ...]:
         """Return the valid values of `model`, base first."""
-        return self.supervisor.launch.names
+        return self.upstream.launch.names
+
+    @property
+    def preferred(self) -> str:
+        """Return the model for a question that names none."""
+        return self.upstream.launch.preferred
 
     @property
     def slots(self) -> int:
         """Return how many sequences the engine generates at once."""
-        return self.supervisor.launch.slots
+        return self.upstream.launch.slots
+
+    def run_of(self, name: str) -> Run | None:
+        """Return the run that a served model comes from, None for the base; `UnknownName` if it is not served."""
+        adapter = self.upstream.launch.adapter(name)
+        return adapter.run if adapter else self.run
 
     def passport(self, name: str) -> dict[str, Any]:
         """Return where a served model comes from: the base, and for what was tuned its run and that run's inputs."""
-        if self.run is None or (self.supervisor.launch.adapter and name == self.names[0]):
+        run = self.run_of(name)
+        if run is None:
             return {"base": self.base}
-        run = self.run
         return {
             "base": self.base, "run": run.id, "kind": run.kind, "created": run.created, "fingerprint": run.fingerprint,
             "rehearsal": run.rehearsal, "inputs": list(run.inputs), "facts": run.facts,

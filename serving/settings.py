@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from pipelines.catalogue import PROVIDER_MODEL
 from pipelines.config import Config, load, named
 
 ORIGIN = re.compile(r"https?://[A-Za-z0-9.-]+(:\d{1,5})?")  # "*" would let any page on the web use a server on loopback
@@ -21,6 +22,36 @@ class Slots(Config):
 
     llamacpp: int = Field(ge=1, le=256)
     vllm: int = Field(ge=1, le=4096)
+    provider: int = Field(ge=1, le=4096)
+
+
+class VllmSettings(Config):
+    """How vLLM spreads over GPUs, and what it keeps for adapters that come while it runs."""
+
+    tensor_parallel: int = Field(ge=1, le=64)
+    pipeline_parallel: int = Field(ge=1, le=64)
+    nodes: int = Field(ge=1, le=64)
+    spare_adapters: int = Field(ge=0, le=64)
+    lora_rank: int = Field(ge=1, le=512)
+
+    @property
+    def gpus(self) -> int:
+        """Return how many GPUs there are to be, on all nodes together."""
+        return self.tensor_parallel * self.pipeline_parallel
+
+    @model_validator(mode="after")
+    def _nodes_are_alike(self) -> VllmSettings:
+        if self.gpus % self.nodes:
+            raise ValueError(f"{self.gpus} GPUs (tensor_parallel x pipeline_parallel) do not spread over {self.nodes} nodes")
+        return self
+
+
+class ProviderSettings(Config):
+    """Which remote model answers; its key is in the environment, under the name that the provider's own client reads."""
+
+    model: str | None = Field(pattern=PROVIDER_MODEL)
+    base_url: str | None = Field(pattern=r"^https?://[^\s/@?#]+(/[^\s?#]*)?$", description="without a key or a password in it")
+    timeout_seconds: float = Field(gt=0)
 
 
 class Restart(Config):
@@ -173,6 +204,8 @@ class ServeConfig(Config):
     guard: GuardConfig
     log: LogConfig
     trace: TraceConfig
+    vllm: VllmSettings
+    provider: ProviderSettings
 
     @model_validator(mode="after")
     def _sizes_agree(self) -> ServeConfig:

@@ -47,13 +47,17 @@ class Status(NamedTuple):
 
 
 class Supervisor:
-    """Keeps one engine running: `spawn`, `await_health`, then `watch` until `stop`."""
+    """Keeps one engine running: `spawn`, `await_health`, then `watch` until `stop`.
 
-    def __init__(self, engine: Engine, launch: Launch, startup_seconds: float, restart: Restart) -> None:
+    While two engines run, one takes over from the other; only the one with `serves` set is what the metrics tell of.
+    """
+
+    def __init__(self, engine: Engine, launch: Launch, startup_seconds: float, restart: Restart, *, serves: bool = True) -> None:
         self.engine, self.launch = engine, launch
         self.startup_seconds, self.restart = startup_seconds, restart
         self.log = launch.work / "engine.log"
         self.status = Status(False, f"{engine.name} is not started", 0.0)
+        self.serves = serves
         self._process: subprocess.Popen[bytes] | None = None
         self._watcher: threading.Thread | None = None
         self._stopping = threading.Event()
@@ -96,6 +100,22 @@ class Supervisor:
         """From now on, start the engine again whenever it ends."""
         self._watcher = threading.Thread(target=self._keep_running, name="engine-watch", daemon=True)
         self._watcher.start()
+
+    def take_over(self, other: Supervisor) -> None:
+        """Be the one that the metrics tell of, in the place of another."""
+        other.serves, self.serves = False, True
+        self._set(self.status)
+
+    def memory_bytes(self) -> int:
+        """Return the memory that would be free without the engine: what its processes share with nobody."""
+        import psutil
+
+        assert self._process is not None
+        try:
+            processes = psutil.Process(self._process.pid).children(recursive=True)
+            return sum(int(process.memory_full_info().uss) for process in processes)
+        except psutil.Error:
+            return 0
 
     def stop(self) -> None:
         """End the engine and everything it started; safe to call at any time, and twice."""
@@ -195,4 +215,5 @@ class Supervisor:
 
     def _set(self, status: Status) -> None:
         self.status = status
-        ENGINE_UP.labels(engine=self.engine.name).set(float(status.up))
+        if self.serves:
+            ENGINE_UP.labels(engine=self.engine.name).set(float(status.up))

@@ -1,7 +1,8 @@
 """The engine, as requests see it: an OpenAI chat request in, one completion or a stream of chunks out.
 
 Every failure leaves here as one of the errors in `serving.problems`, and every generation is counted. A stream that is
-closed early closes the connection to the engine, which then stops generating.
+closed early closes the connection to the engine, which then stops generating. `switch` turns new requests to another engine
+or set of adapters; those under way end where they began.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ CHAT_PATH = "/v1/chat/completions"
 TEXT_PATH = "/v1/completions"
 DONE = "[DONE]"
 CONNECT_SECONDS = 5.0
+METRICS_SECONDS = 3.0  # Prometheus waits for 4
 
 T = TypeVar("T")
 
@@ -91,28 +93,67 @@ class Meter:
         self._record.end_generation(self.usage, self.finish_reasons, ttft, error)
 
 
+class Route:
+    """The way to one engine with one set of names: the connections to it, and how many requests are on it."""
+
+    def __init__(self, launch: Launch, supervisor: Supervisor, silence_seconds: float) -> None:
+        import httpx
+
+        self.launch, self.supervisor = launch, supervisor
+        timeout = httpx.Timeout(silence_seconds, connect=CONNECT_SECONDS)
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)  # llama.cpp closes one after a stream, unsaid
+        self.client = httpx.AsyncClient(base_url=launch.url, timeout=timeout, limits=limits, trust_env=False)
+        self.requests = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    def __enter__(self) -> Route:
+        """Count a request in."""
+        self.requests += 1
+        self._idle.clear()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Count it out."""
+        self.requests -= 1
+        if not self.requests:
+            self._idle.set()
+
+    async def idle(self) -> None:
+        """Wait until no request is on it."""
+        await self._idle.wait()
+
+
 class Upstream:
     """Sends requests to the engine over one pool of connections; `async with` it while the gateway runs."""
 
     def __init__(self, engine: Engine, launch: Launch, supervisor: Supervisor, silence_seconds: float) -> None:
-        self.engine, self.launch, self.supervisor = engine, launch, supervisor
-        self.silence_seconds = silence_seconds
-        self._client: httpx.AsyncClient | None = None
+        self.engine, self.silence_seconds = engine, silence_seconds
+        self.route = Route(launch, supervisor, silence_seconds)
         self._abilities: Abilities | None = None
 
-    async def __aenter__(self) -> Upstream:
-        """Open the pool."""
-        import httpx
+    @property
+    def launch(self) -> Launch:
+        """Return what new requests are answered by."""
+        return self.route.launch
 
-        timeout = httpx.Timeout(self.silence_seconds, connect=CONNECT_SECONDS)
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)  # llama.cpp closes one after a stream, unsaid
-        self._client = httpx.AsyncClient(base_url=self.launch.url, timeout=timeout, limits=limits, trust_env=False)
+    @property
+    def supervisor(self) -> Supervisor:
+        """Return who keeps that engine running."""
+        return self.route.supervisor
+
+    async def __aenter__(self) -> Upstream:
+        """Return this; the pool opens with the first request."""
         return self
 
     async def __aexit__(self, *_: object) -> None:
         """Close the pool."""
-        if self._client:
-            await self._client.aclose()
+        await self.route.client.aclose()
+
+    def switch(self, launch: Launch, supervisor: Supervisor) -> Route:
+        """Send new requests to another engine, or to the same one with other adapters; return the way of the earlier ones."""
+        before, self.route = self.route, Route(launch, supervisor, self.silence_seconds)
+        return before
 
     def check_up(self) -> None:
         """Raise `EngineDown`, with the reason and when to ask again, unless the engine runs."""
@@ -124,11 +165,21 @@ class Upstream:
         """Ask the engine itself whether it is well."""
         import httpx
 
-        assert self._client is not None
         try:
-            return (await self._client.get(self.engine.health_path, timeout=2.0)).status_code == 200
+            return (await self.route.client.get(self.engine.health_path, timeout=2.0)).status_code == 200
         except httpx.HTTPError:
             return False
+
+    async def metrics(self) -> str:
+        """Return the engine's own metrics, empty if it has none; `EngineDown` if they cannot be had."""
+        import httpx
+
+        if not self.engine.metrics_path:
+            return ""
+        try:
+            return (await self.route.client.get(self.engine.metrics_path, timeout=METRICS_SECONDS)).raise_for_status().text
+        except httpx.HTTPError as error:
+            raise self._lost(self.route, f"({type(error).__name__})") from None
 
     async def complete(self, body: Mapping[str, Any], path: str = CHAT_PATH) -> dict[str, Any]:
         """Return one completion, of a chat or, with the other path, of a text."""
@@ -151,36 +202,39 @@ class Upstream:
                         raise self._refusal(500, event["error"])
                     meter.see(event)
                     yield event | {"model": body["model"]}
-            raise self._lost("before the end of its reply")
+            raise self._lost(self.route, "before the end of its reply")
 
     async def token_count(self, chat: Chat) -> int:
         """Return the length of a chat as the engine reads it, in tokens, up to where the reply begins."""
-        return await self._ask(lambda client: len(self.engine.render(client, self.launch, chat)))
+        return await self._ask(lambda client, launch: self.engine.count(client, launch, chat))
 
     async def abilities(self) -> Abilities:
         """Return what the engine can do with the model that it holds; asked once."""
         if self._abilities is None:
-            self._abilities = await self._ask(lambda client: self.engine.abilities(client, self.launch))
+            self._abilities = await self._ask(self.engine.abilities)
         return self._abilities
 
-    async def _ask(self, question: Callable[[httpx.Client], T]) -> T:
+    async def _ask(self, question: Callable[[httpx.Client, Launch], T]) -> T:
         """Ask the engine for something beside a generation, in a thread."""
         import httpx
         from starlette.concurrency import run_in_threadpool
 
+        route = self.route
+
         def ask() -> T:
             with httpx.Client(timeout=self.silence_seconds, trust_env=False) as client:
-                return question(client)
+                return question(client, route.launch)
 
         self.check_up()
         try:
-            return await run_in_threadpool(ask)
+            with route:
+                return await run_in_threadpool(ask)
         except httpx.TimeoutException:
             raise self._silent() from None
         except httpx.HTTPStatusError as error:
             raise self._refusal(error.response.status_code, _error_object(error.response.content)) from None
         except httpx.HTTPError as error:
-            raise self._lost(f"({type(error).__name__})") from None
+            raise self._lost(route, f"({type(error).__name__})") from None
 
     @asynccontextmanager
     async def _sent(self, body: Mapping[str, Any], path: str) -> AsyncIterator[httpx.Response]:
@@ -188,18 +242,19 @@ class Upstream:
         import httpx
 
         self.check_up()
-        assert self._client is not None
-        content = _encode(self.engine.select(body, self.launch))
+        route = self.route
+        content = _encode(self.engine.select(body, route.launch))
         try:
             headers = {"Content-Type": "application/json", **record.current().asked(body)}
-            async with self._client.stream("POST", path, content=content, headers=headers) as reply:
-                if reply.status_code != 200:
-                    raise self._refusal(reply.status_code, _error_object(await reply.aread()))
-                yield reply
+            with route:
+                async with route.client.stream("POST", path, content=content, headers=headers) as reply:
+                    if reply.status_code != 200:
+                        raise self._refusal(reply.status_code, _error_object(await reply.aread()))
+                    yield reply
         except httpx.TimeoutException:
             raise self._silent() from None
         except httpx.HTTPError as error:
-            raise self._lost(f"({type(error).__name__})") from None
+            raise self._lost(route, f"({type(error).__name__})") from None
 
     def _silent(self) -> EngineSilent:
         return EngineSilent(f"the engine was silent for {self.silence_seconds:g} s", "an answer",
@@ -208,8 +263,8 @@ class Upstream:
     def _refusal(self, status: int, error: Mapping[str, Any]) -> Exception:
         return from_engine(status, error, self.engine.overflow(error))
 
-    def _lost(self, how: str) -> EngineDown:
-        status = self.supervisor.status
+    def _lost(self, route: Route, how: str) -> EngineDown:
+        status = route.supervisor.status
         reason = "" if status.up else f": {status.reason}"
         return EngineDown(f"the connection to the engine was lost {how}{reason}", status.retry_after_seconds)
 

@@ -13,9 +13,10 @@ def named(name: str) -> Engine:
         ConfigError: there is no such engine.
     """
     from serving.engines.llamacpp import LlamaCpp
+    from serving.engines.provider import Provider
     from serving.engines.vllm import Vllm
 
-    engines: dict[str, Engine] = {"llamacpp": LlamaCpp(), "vllm": Vllm()}
+    engines: dict[str, Engine] = {"llamacpp": LlamaCpp(), "vllm": Vllm(), "provider": Provider()}
     if name not in engines:
         raise ConfigError(f"there is no engine named {name!r}", f"one of {', '.join(engines)}")
     return engines[name]

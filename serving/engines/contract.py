@@ -12,7 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from pipelines.catalogue import Model
+from pipelines.config import unknown
+from pipelines.runs import Run
 from serving.engines.abilities import Abilities, Lack, Words
+from serving.settings import ProviderSettings, VllmSettings
 
 if TYPE_CHECKING:
     import httpx
@@ -22,17 +25,25 @@ Chat = list[dict[str, str]]
 
 @dataclass(frozen=True)
 class Adapter:
-    """A tuned adapter in both forms.
+    """A tuned adapter, which its run holds in both forms.
 
     Attributes:
         name: what a request's `model` says to get it.
-        peft: folder of adapter_config.json and adapter_model.safetensors.
-        gguf: the same adapter as a GGUF LoRA.
+        run: where it comes from, verified.
     """
 
     name: str
-    peft: Path
-    gguf: Path
+    run: Run
+
+    @property
+    def peft(self) -> Path:
+        """Return the folder of adapter_config.json and adapter_model.safetensors."""
+        return self.run.path / "adapter"
+
+    @property
+    def gguf(self) -> Path:
+        """Return the same adapter as a GGUF LoRA."""
+        return self.run.path / "adapter.gguf"
 
 
 @dataclass(frozen=True)
@@ -41,8 +52,8 @@ class Launch:
 
     Attributes:
         model: what a request's `model` says to get the base.
-        base: weights of the base, in the form that `Engine.base_path` returned.
-        adapter: served beside the base, or None.
+        base: weights of the base, in the form that `Engine.base_path` returned; None for an engine that has none.
+        adapters: served beside the base; the first one answers where a question names no model.
         host: address to listen on.
         port: port to listen on.
         context_tokens: longest prompt and reply of one request.
@@ -51,11 +62,13 @@ class Launch:
         gpu: True to generate on a GPU.
         gpu_memory_share: of the GPU's memory, that the engine may fill; 0..1.
         work: folder for the engine's log; its working directory.
+        vllm: how vLLM spreads over GPUs and what it keeps for adapters; None for one GPU, and the adapters that there are.
+        provider: which remote model answers; None for engines that run one.
     """
 
     model: str
-    base: Path
-    adapter: Adapter | None
+    base: Path | None
+    adapters: tuple[Adapter, ...]
     host: str
     port: int
     context_tokens: int
@@ -64,6 +77,8 @@ class Launch:
     gpu: bool
     work: Path
     gpu_memory_share: float = 0.9
+    vllm: VllmSettings | None = None
+    provider: ProviderSettings | None = None
 
     @property
     def url(self) -> str:
@@ -73,7 +88,22 @@ class Launch:
     @property
     def names(self) -> tuple[str, ...]:
         """Return the valid values of `model`, base first."""
-        return (self.model, self.adapter.name) if self.adapter else (self.model,)
+        return (self.model, *(adapter.name for adapter in self.adapters))
+
+    @property
+    def preferred(self) -> str:
+        """Return the model for a question that names none: the first adapter, or the base."""
+        return self.names[min(1, len(self.adapters))]
+
+    def adapter(self, name: str) -> Adapter | None:
+        """Return the adapter that a request's `model` names, None for the base.
+
+        Raises:
+            UnknownName: it is not served, or not any more.
+        """
+        if name not in self.names:
+            raise unknown("served model", name[:80], self.names)
+        return next((adapter for adapter in self.adapters if adapter.name == name), None)
 
 
 class Overflow(NamedTuple):
@@ -91,18 +121,35 @@ class Trouble(NamedTuple):
     next_command: str
 
 
+class LiveAdapters(Protocol):
+    """How a running engine takes an adapter in and gives it up; errors are those of `httpx`."""
+
+    def load(self, client: httpx.Client, launch: Launch, adapter: Adapter) -> None:
+        """Take it in beside what is served."""
+
+    def unload(self, client: httpx.Client, launch: Launch, adapter: Adapter) -> None:
+        """Give it up."""
+
+
 class Engine(Protocol):
-    """One kind of server that speaks the OpenAI chat API over HTTP."""
+    """One kind of server that speaks the OpenAI chat API over HTTP.
+
+    Attributes:
+        live_adapters: how adapters are changed while it runs; None if it has to be started anew with others.
+        has_adapters: False if it serves none at all.
+    """
 
     name: str
+    live_adapters: LiveAdapters | None
+    has_adapters: bool
     health_path: str
     metrics_path: str
     metric_names: Mapping[str, str]
     lacks: Sequence[Lack]
     schema_words: Words | None
 
-    def base_path(self, model: Model, pull: bool, say: Any) -> Path:
-        """Return the base weights in the engine's form; `WeightsMissing` if they cannot be had."""
+    def base_path(self, model: Model, pull: bool, say: Any) -> Path | None:
+        """Return the base weights in the engine's form, None if it needs none; `WeightsMissing` if they cannot be had."""
 
     def command(self, launch: Launch) -> list[str]:
         """Return the command line of the server."""
@@ -111,13 +158,16 @@ class Engine(Protocol):
         """Return the environment variables to set for it, on top of the gateway's own."""
 
     def select(self, body: Mapping[str, Any], launch: Launch) -> dict[str, Any]:
-        """Return an OpenAI request body, changed so that its `model`, one of `launch.names`, is the one that answers."""
+        """Return an OpenAI request body, changed so that its `model` answers; `UnknownName` if it is none of `launch.names`."""
 
     def render(self, client: httpx.Client, launch: Launch, chat: Chat) -> list[int]:
         """Return the token ids of a chat as the running engine sees it, up to where the reply begins."""
 
     def abilities(self, client: httpx.Client, launch: Launch) -> Abilities:
         """Return what the running engine can do with the model that it holds."""
+
+    def count(self, client: httpx.Client, launch: Launch, chat: Chat) -> int:
+        """Return how many tokens a chat has up to where the reply begins."""
 
     def trouble(self, log: str) -> Trouble | None:
         """Return why the engine did not start, if its log says it in a way that is known."""

@@ -1,8 +1,9 @@
 """llama.cpp's HTTP server, from the `xllamacpp` wheel, in a process of its own: the engine for machines without a GPU.
 
-It serves a GGUF base and one LoRA, switched per request. The supervisor runs:
+It serves a GGUF base and LoRAs, chosen per request. It cannot load one while it runs, so that `serving.adapters` starts
+another one beside it. The supervisor runs:
 
-    python -m serving.engines.llamacpp --model BASE.gguf --alias NAME --port 8081 ... [--lora ADAPTER.gguf]
+    python -m serving.engines.llamacpp --model BASE.gguf --alias NAME --port 8081 ... [--lora ADAPTER.gguf ...]
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pipelines.catalogue import Model
 from pipelines.config import ROOT
 from pipelines.hardware import OPENMP_ENVIRONMENT
 from serving.engines.abilities import Abilities, Lack, Words
-from serving.engines.contract import Chat, Launch, Overflow, Trouble
+from serving.engines.contract import Chat, Launch, LiveAdapters, Overflow, Trouble
 
 if TYPE_CHECKING:
     import httpx
@@ -46,6 +47,8 @@ class LlamaCpp:
     name = "llamacpp"
     health_path = "/health"
     metrics_path = "/metrics"
+    live_adapters: LiveAdapters | None = None
+    has_adapters = True
     metric_names: Mapping[str, str] = {
         "prompt_tokens": "llamacpp:prompt_tokens_total",
         "generated_tokens": "llamacpp:tokens_predicted_total",
@@ -72,19 +75,19 @@ class LlamaCpp:
             "--context-tokens": launch.context_tokens, "--slots": launch.slots, "--threads": launch.threads,
             "--gpu-layers": -1 if launch.gpu else 0,
         }  # fmt: skip
-        if launch.adapter:
-            options["--lora"] = launch.adapter.gguf
-        return [sys.executable, "-m", __name__, *(f"{name}={value}" for name, value in options.items())]
+        loras = [f"--lora={adapter.gguf}" for adapter in launch.adapters]
+        return [sys.executable, "-m", __name__, *(f"{name}={value}" for name, value in options.items()), *loras]
 
     def environment(self, launch: Launch) -> dict[str, str]:  # noqa: ARG002 - part of the contract
         """Let the process find this module from any working directory, and its threads share the cores."""
         return {"PYTHONPATH": str(ROOT), **OPENMP_ENVIRONMENT}
 
     def select(self, body: Mapping[str, Any], launch: Launch) -> dict[str, Any]:
-        """Scale the LoRA to 1 for the adapter's name and to 0 for the base's."""
-        if launch.adapter is None:
-            return {key: value for key, value in body.items() if key != "lora"}
-        return {**body, "lora": [{"id": 0, "scale": float(body["model"] == launch.adapter.name)}]}
+        """Scale the LoRA of the named adapter to 1 and all others to 0; a LoRA's id is its place in the command."""
+        chosen = launch.adapter(body["model"])
+        scales = [{"id": number, "scale": float(adapter is chosen)} for number, adapter in enumerate(launch.adapters)]
+        rest = {key: value for key, value in body.items() if key != "lora"}
+        return rest | {"lora": scales} if scales else rest
 
     def render(self, client: httpx.Client, launch: Launch, chat: Chat) -> list[int]:
         """Apply the template of the GGUF file, then tokenise the text as a chat request would be."""
@@ -100,6 +103,10 @@ class LlamaCpp:
         choices = frozenset({"none", "auto", "required"}) if template["supports_tools"] else frozenset()
         reason = "" if choices else f"the chat template of {launch.model} shows no tools to the model"
         return Abilities(model["meta"]["n_vocab"], choices, template["supports_parallel_tool_calls"], reason)
+
+    def count(self, client: httpx.Client, launch: Launch, chat: Chat) -> int:
+        """Count what `render` returns."""
+        return len(self.render(client, launch, chat))
 
     def trouble(self, log: str) -> Trouble | None:
         """Know memory that was not to be had for weights or cache."""
@@ -130,8 +137,9 @@ def main() -> None:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="llama.cpp's HTTP server")
-    for name in ("--model", "--alias", "--host", "--lora"):
+    for name in ("--model", "--alias", "--host"):
         parser.add_argument(name, default="")
+    parser.add_argument("--lora", action="append", default=[])
     for name in ("--port", "--context-tokens", "--slots", "--threads", "--gpu-layers"):
         parser.add_argument(name, type=int, required=True)
     return parser.parse_args()
@@ -150,14 +158,20 @@ def _parameters(options: argparse.Namespace) -> Any:
     parameters.use_jinja, parameters.ui, parameters.endpoint_metrics = True, False, True
     parameters.prefill_assistant = False  # or it would go on with an assistant's last message, and repeat it
     parameters.fit_params = False  # or llama.cpp would shrink the context to fit, without an error
-    parameters.cache_ram_mib = PROMPT_CACHE_MIB
+    parameters.cache_ram_mib = 0 if options.lora else PROMPT_CACHE_MIB  # it gives one adapter what another one computed
     parameters.cors_origins = f"http://{options.host}:{options.port}"  # or any web page could call it from a browser
     parameters.verbosity = WARNINGS_ONLY
-    if options.lora:
-        lora = xllamacpp.CommonAdapterLoraInfo()
-        lora.path, lora.scale = options.lora, 1.0
-        parameters.lora_adapters = [lora]
+    parameters.lora_adapters = [_lora(path) for path in options.lora]
     return parameters
+
+
+def _lora(path: str) -> Any:
+    """Return a LoRA that is off unless a request turns it on."""
+    import xllamacpp
+
+    lora = xllamacpp.CommonAdapterLoraInfo()
+    lora.path, lora.scale = path, 0.0
+    return lora
 
 
 if __name__ == "__main__":

@@ -145,21 +145,16 @@ def test_command_listens_on_loopback() -> None:
 
 
 def test_resolved_config_has_the_targets_and_the_rules(tmp_path: Path) -> None:
-    path = ps.resolve_config(tmp_path / "new", "127.0.0.1:1", "127.0.0.1:2", "127.0.0.1:3", scrape_seconds=1)
+    path = ps.resolve_config(tmp_path / "new", "127.0.0.1:1", "127.0.0.1:3", scrape_seconds=1)
     config = load(path)
     targets = {job["job_name"]: job["static_configs"][0]["targets"] for job in config["scrape_configs"]}
-    assert targets == {"llmlab-gateway": ["127.0.0.1:1"], "llmlab-engine": ["127.0.0.1:2"], "llmlab-training": ["127.0.0.1:3"]}
+    assert targets == {"llmlab-gateway": ["127.0.0.1:1"], "llmlab-engine": ["127.0.0.1:1"], "llmlab-training": ["127.0.0.1:3"]}
     assert set(config["global"].values()) == {"1s"}
     assert load(path.parent / "rules.yml") == load(ps.CONFIG.parent / "rules.yml")
 
 
 def test_resolved_config_keeps_the_defaults(tmp_path: Path) -> None:
     assert load(ps.resolve_config(tmp_path)) == load(ps.CONFIG)
-
-
-def test_an_engine_without_metrics_is_not_scraped(tmp_path: Path) -> None:
-    config = load(ps.resolve_config(tmp_path, engine=None))
-    assert [job["job_name"] for job in config["scrape_configs"]] == ["llmlab-gateway", "llmlab-training"]
 
 
 # --- the child process ---------------------------------------------------------------------------
@@ -250,6 +245,7 @@ def serve_one_question() -> None:
     metrics.RAG_HITS.observe(4)
     metrics.RAG_TOP_SCORE.observe(0.7)
     metrics.RAG_CITATIONS.labels(valid="yes").inc()
+    metrics.ADAPTER_CHANGES.labels(change="add", outcome="ok").inc()
 
 
 @pytest.mark.slow
@@ -261,7 +257,7 @@ def test_a_real_prometheus_answers_every_panel(exporter: str, tmp_path: Path) ->
     metrics.INDEX_CREATED.set(time.time())
     with contextlib.ExitStack() as running:
         training = urllib.parse.urlsplit(running.enter_context(Exporter(metrics.TRAINING, 0)).url).netloc
-        config = ps.resolve_config(tmp_path / "config", exporter, None, training, scrape_seconds=1)
+        config = ps.resolve_config(tmp_path / "config", exporter, training, scrape_seconds=1)
         server = running.enter_context(ps.PrometheusServer(config, tmp_path / "data", free_address(), program))
         empty, deadline = [("all", "")], time.monotonic() + 30
         while empty and time.monotonic() < deadline:

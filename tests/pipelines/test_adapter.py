@@ -42,7 +42,7 @@ def engine(tuned_run: Run, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     base = llamacpp.base_path(catalogue.runnable(MODEL), False, print)
     port = check_free("127.0.0.1", 0, "")
     work: Path = tmp_path_factory.mktemp("work")
-    launch = Launch(MODEL, base, adapter_of(tuned_run, MODEL), "127.0.0.1", port, 1024, 1, 2, False, work)
+    launch = Launch(MODEL, base, (adapter_of(tuned_run, MODEL),), "127.0.0.1", port, 1024, 1, 2, False, work)
     supervisor = Supervisor(llamacpp, launch, 120.0, load_serve_config().restart)
     supervisor.spawn()
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 import time
 import warnings
@@ -94,9 +95,37 @@ def make_run(root: Path, *, seed: int = 0, rehearsal: bool = False, lock: dict[s
         return draft.finish({"rows": 12})
 
 
+def sibling(run: Run, root: Path, *, seed: int = 7, rehearsal: bool = False, model: str = MODEL) -> Run:
+    """Write another run in little time: the adapter of this one, with lora_B drawn anew."""
+    import torch
+    from safetensors.torch import load_file, save_file
+    from transformers import AutoConfig
+
+    from pipelines.tune import adapter, template
+    from pipelines.weights import hf_directory
+
+    torch.manual_seed(seed)
+    with environment(LLMLAB_RUNS=str(root)), runs.draft("finetune", model, {"seed": seed}, rehearsal=rehearsal) as draft:
+        folder, weights = draft.path / adapter.ADAPTER_FOLDER, "adapter_model.safetensors"
+        shutil.copytree(run.path / adapter.ADAPTER_FOLDER, folder)
+        tensors = load_file(folder / weights)
+        drawn = {name: torch.randn_like(t) * 0.05 if "lora_B" in name else t for name, t in tensors.items()}
+        save_file(drawn, folder / weights, metadata={"format": "pt"})
+        adapter.to_gguf(
+            folder, AutoConfig.from_pretrained(hf_directory(catalogue.runnable(MODEL))), draft.path / adapter.GGUF_FILE
+        )
+        draft.write_json(template.LOCK_FILE, run.json(template.LOCK_FILE))
+        return draft.finish({"rows": 12})
+
+
 @pytest.fixture(scope="session")
 def tuned_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return make_run(tmp_path_factory.mktemp("runs"))
+
+
+@pytest.fixture(scope="session")
+def other_run(tuned_run: Run, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return sibling(tuned_run, tmp_path_factory.mktemp("others"))
 
 
 @pytest.fixture(scope="session")
@@ -195,6 +224,8 @@ class FakeEngine:
     metric_names: dict[str, str] = {}
     lacks = ()
     schema_words = None
+    live_adapters = None
+    has_adapters = True
 
     def __init__(self, behaviour: str) -> None:
         self.behaviour = behaviour
@@ -213,6 +244,9 @@ class FakeEngine:
 
     def render(self, client: httpx.Client, launch: Launch, chat: list[dict[str, str]]) -> list[int]:  # noqa: ARG002
         return [0 for turn in chat for _ in turn["content"].split()]
+
+    def count(self, client: httpx.Client, launch: Launch, chat: list[dict[str, str]]) -> int:
+        return len(self.render(client, launch, chat))
 
     def trouble(self, log: str) -> Trouble | None:
         return Vllm().trouble(log)

@@ -16,6 +16,7 @@ import pytest
 
 from serving.access import Access
 from serving.admission import Admission, Need, need_of
+from serving.choices import apart
 from serving.launch import Running
 from serving.problems import Overloaded
 from serving.rates import Rates
@@ -136,9 +137,11 @@ async def test_a_prediction_that_was_wrong_does_not_keep_anybody_for_ever() -> N
 
 
 def test_what_a_chat_needs() -> None:
-    need = need_of(chat("word " * 400, n=3, max_tokens=7))
-    assert (need.sequences, need.reply_tokens) == (3, 7) and 450 < need.prompt_tokens < 600
-    assert need_of(chat("\ud800")).prompt_tokens > 0
+    need = need_of(apart(chat("word " * 400, n=3, max_tokens=7)))
+    assert (need.sequences, need.reply_tokens) == (3, 7) and 3 * 450 < need.prompt_tokens < 3 * 600
+    assert need_of([chat("\ud800")]).prompt_tokens > 0
+    texts = need_of(apart({"max_tokens": 2}, [[1, 2, 3], "four"]))
+    assert texts.sequences == 2 and 3 < texts.prompt_tokens < 20
 
 
 @pytest.fixture

@@ -28,7 +28,7 @@ def supervise(tmp_path: Path) -> Iterator[Start]:
 
     def start(behaviour: str, startup_seconds: float = 20.0) -> Supervisor:
         port = check_free("127.0.0.1", 0, "")
-        launch = Launch("fake", Path("fake.gguf"), None, "127.0.0.1", port, 512, 1, 1, False, tmp_path / "work")
+        launch = Launch("fake", Path("fake.gguf"), (), "127.0.0.1", port, 512, 1, 1, False, tmp_path / "work")
         restart = Restart(first_delay_seconds=0.1, max_delay_seconds=0.2, settled_seconds=60.0, open_after_failures=3,
                           open_seconds=2.0)  # fmt: skip
         made.append(Supervisor(FakeEngine(behaviour), launch, startup_seconds, restart))
