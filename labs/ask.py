@@ -41,7 +41,12 @@ def models(server: str) -> list[str]:
     import httpx
 
     send = partial(httpx.get, f"{server}/v1/models", timeout=TIMEOUT_SECONDS, trust_env=False)
-    return _answered(server, send, lambda content: [str(card["id"]) for card in content["data"]])
+    return _answered(server, send, _generators)
+
+
+def _generators(content: Any) -> list[str]:
+    """Return the names of the models that generate; the list has the embedder too."""
+    return [str(card["id"]) for card in content["data"] if card["task"] == "generate"]
 
 
 class Chat:
@@ -61,7 +66,7 @@ class Chat:
 
         self._client = httpx.Client(base_url=self.server, timeout=TIMEOUT_SECONDS, trust_env=False)
         send = partial(self._client.get, "/v1/models")
-        names = _answered(self.server, send, lambda content: [str(card["id"]) for card in content["data"]])
+        names = _answered(self.server, send, _generators)
         if not names or self.model not in ["", *names]:
             raise unknown("served model", self.model, names)
         self.model = self.model or names[0]

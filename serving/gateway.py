@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -17,9 +18,9 @@ from starlette.exceptions import HTTPException
 
 from monitoring.metrics import REGISTRY, set_build, start_series
 from pipelines.errors import LabError
-from serving import documents_api, openai_api, rag_api
+from serving import documents_api, embeddings_api, openai_api, rag_api
 from serving.edge import Edge
-from serving.problems import BadRequest, EngineDown, response
+from serving.problems import BadRequest, EngineDown, LabProblem, UnknownField, clean, field_name, response
 from serving.service import Service
 
 DESCRIPTION = "A tuned model, its base and a knowledge base behind one API. OpenAI's clients work below /v1 unchanged."
@@ -35,9 +36,11 @@ def create_app(service: Service, version: str) -> FastAPI:
             service.documents.start()
             yield
 
-    app = FastAPIOffline(title="LLM Lab", version=version, description=DESCRIPTION, lifespan=lifespan)
+    problems: dict[int | str, dict[str, Any]] = {"4XX": {"model": LabProblem}, "5XX": {"model": LabProblem}}
+    app = FastAPIOffline(title="LLM Lab", version=version, description=DESCRIPTION, lifespan=lifespan, responses=problems)
     app.add_middleware(Edge, limit_of=partial(documents_api.body_limit, service.config))
     app.include_router(openai_api.router(service))
+    app.include_router(embeddings_api.router(service))
     app.include_router(rag_api.router(service))
     app.include_router(documents_api.router(service))
     _add_operations(app, service)
@@ -79,9 +82,11 @@ async def _lab_error(request: Request, error: Exception) -> Response:
 async def _invalid(request: Request, error: Exception) -> Response:
     """Say what is wrong with each field; the values that came are not repeated."""
     assert isinstance(error, RequestValidationError)
-    problems = [f"{'.'.join(str(part) for part in e['loc'][1:]) or 'body'}: {e['msg']}" for e in error.errors()]
+    problems = [f"{'.'.join(map(str, e['loc'][1:])) or 'body'}: {e['msg'].removeprefix('Value error, ')}" for e in error.errors()]
     more = f" (and {len(problems) - SHOWN_PROBLEMS} more)" if len(problems) > SHOWN_PROBLEMS else ""
-    return response(BadRequest("; ".join(problems[:SHOWN_PROBLEMS]) + more, "the fields shown at /docs"), request.url.path)
+    kind = UnknownField if error.errors()[0]["type"] == "extra_forbidden" else BadRequest
+    came, param = clean("; ".join(problems[:SHOWN_PROBLEMS]) + more), field_name(error.errors()[0]["loc"][1:])
+    return response(kind(came, "the fields shown at /docs", param=param), request.url.path)
 
 
 async def _http_error(request: Request, error: Exception) -> Response:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from monitoring.metrics import INDEX_CHUNKS, INDEX_CREATED
 from pipelines.config import load, named
 from pipelines.errors import EngineError, LabError
-from pipelines.rag import abstention, generation
+from pipelines.rag import abstention, embedders, generation
 from pipelines.rag.index import RagConfig
 from pipelines.rag.stores.contract import StoreError
 
@@ -64,6 +64,22 @@ class Knowledge:
         index = self.retriever.index
         newer = f"; a newer one cannot be opened: {reason}; next: {way_on}" if reason else ""
         return f"{self.name}, {len(index)} chunks, generation {index.generation}{newer}"
+
+    @property
+    def embedder_name(self) -> str:
+        """Return the name of the index's embedder, in its catalogue."""
+        return self.config.embedder
+
+    @property
+    def embedder_passport(self) -> dict[str, Any]:
+        """Return where the embedder comes from and what it reads."""
+        entry = embedders.find(self.config.embedder)
+        return {"embedder": entry.name, "dimensions": entry.dimension, "max_tokens": entry.max_tokens, "licence": entry.licence,
+                "weights": entry.weights.model_dump()}  # fmt: skip
+
+    def embedder(self) -> Embedder:
+        """Return the index's embedder, which works without an index too; `WeightsMissing` if it cannot be loaded."""
+        return self._loaded_embedder()
 
     async def retrieve(self, question: str, k: int, where: str | None = None) -> Retrieved:
         """Return the passages for a question, of the chunks that `where` matches; the search runs in a thread.

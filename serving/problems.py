@@ -8,23 +8,70 @@ from __future__ import annotations
 import logging
 import math
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastapi.responses import JSONResponse
+from pydantic import BaseModel
 
 from pipelines.errors import EngineError, LabError, UnknownName
 from serving.engines.contract import Overflow
 
 LOG = logging.getLogger("serving")
-OPENAI_PATHS = ("/v1/chat/", "/v1/models")
+OPENAI_PATHS = "/v1/"  # but for ours, below
+LAB_PATHS = ("/v1/rag",)
+_TYPES = ("str", "int", "float", "bool")
 DOCUMENT_PATHS = ("/v1/documents",)  # OpenAI's form, and the status that says most
 
 
+class OpenAIError(BaseModel):
+    """What OpenAI's clients read of an error; `param` is the field of the request that is wrong."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class OpenAIProblem(BaseModel):
+    """An error in OpenAI's form."""
+
+    error: OpenAIError
+
+
+class LabProblem(BaseModel):
+    """An error in our form: `message`, `type`, `expected` and `next`, the command that leads on."""
+
+    error: dict[str, str]
+
+
 class BadRequest(LabError):
-    """A request has the wrong form or a value outside its limits."""
+    """A request has the wrong form or a value outside its limits.
+
+    Args:
+        came, expected, next_command: as of every `LabError`.
+        param: the field that is wrong, as "messages[0].content", or None.
+    """
 
     http_status = 422
+
+    def __init__(self, came: str, expected: str = "", next_command: str = "", param: str | None = None) -> None:
+        super().__init__(came, expected, next_command)
+        self.param = param
+
+
+class UnknownField(BadRequest):
+    """A request has a field that is not in the API."""
+
+
+class Unsupported(BadRequest):
+    """A request asks for what the engine, with the model that it holds, cannot do."""
+
+
+class UnknownModel(UnknownName, BadRequest):
+    """No served model has that name."""
+
+    http_status = 404
 
 
 class BodyTooLarge(BadRequest):
@@ -87,6 +134,16 @@ def clean(text: str) -> str:
     return text.encode("utf-8", "replace").decode()[:2000]
 
 
+def field_name(place: Sequence[str | int]) -> str | None:
+    """Return a place in a request, as validation gives it, in OpenAI's form: "messages[0].content"; None for the whole."""
+    name = ""
+    for part in place:
+        if isinstance(part, str) and (part in _TYPES or not part.isidentifier() or part[0].isupper()):
+            break  # one of several types that the value could have had
+        name += f"[{part}]" if isinstance(part, int) else f".{part}"
+    return name.removeprefix(".")[:120] or None
+
+
 def lab_body(error: LabError) -> dict[str, Any]:
     """Return an error in our form."""
     return {"error": {"message": clean(error.came), "type": type(error).__name__, "expected": clean(error.expected),
@@ -98,7 +155,8 @@ def openai_body(error: LabError) -> dict[str, Any]:
     status = openai_status(error)
     kind = "invalid_request_error" if status < 500 else "server_error"
     parts = [error.came, error.expected and f"expected: {error.expected}", error.next_command]
-    return {"error": {"message": clean("; ".join(p for p in parts if p)), "type": kind, "param": None, "code": _code(error)}}
+    message, param = clean("; ".join(p for p in parts if p)), getattr(error, "param", None)
+    return {"error": {"message": message, "type": kind, "param": clean(param) if param else None, "code": _code(error)}}
 
 
 def openai_status(error: LabError) -> int:
@@ -113,7 +171,7 @@ def response(error: LabError, path: str) -> JSONResponse:
         headers = {"WWW-Authenticate": "Bearer"}
     if path.startswith(DOCUMENT_PATHS):
         return JSONResponse(openai_body(error), error.http_status, headers)
-    if path.startswith(OPENAI_PATHS):
+    if path.startswith(OPENAI_PATHS) and not path.startswith(LAB_PATHS):
         return JSONResponse(openai_body(error), openai_status(error), headers)
     return JSONResponse(lab_body(error), error.http_status, headers)
 
@@ -131,7 +189,7 @@ def from_engine(status: int, error: Mapping[str, Any], overflow: Overflow | None
         return ContextExceeded(overflow)
     message = str(error.get("message", "no message"))
     if 400 <= status < 500:
-        return EngineRefused(message)
+        return EngineRefused(message, param=param if isinstance(param := error.get("param"), str) else None)
     return EngineFailed(f"the engine answered {status}: {message}", "an answer", "GET /readyz")
 
 
@@ -139,6 +197,7 @@ def _code(error: LabError) -> str | None:
     codes: dict[type[LabError], str] = {
         ContextExceeded: "context_length_exceeded", UnknownName: "model_not_found", EngineDown: "engine_unavailable",
         EngineFailed: "engine_failed", EngineSilent: "timeout", BodyTooLarge: "request_too_large",
-        BadRequest: "invalid_value", EngineRefused: "invalid_value", AdminOff: "admin_off", KeyWrong: "invalid_api_key",
+        BadRequest: "invalid_value", UnknownField: "unknown_parameter", Unsupported: "unsupported_value",
+        UnknownModel: "model_not_found", EngineRefused: "invalid_value", AdminOff: "admin_off", KeyWrong: "invalid_api_key",
     }  # fmt: skip
     return codes.get(type(error))

@@ -27,6 +27,34 @@ class Restart(Config):
     settled_seconds: float = Field(ge=0, description="health for this long makes the next delay the first one again")
 
 
+class SchemaLimits(Config):
+    """How large a JSON schema in a request may be; an engine consults its grammar for each token."""
+
+    max_bytes: int = Field(ge=2)
+    max_depth: int = Field(ge=1, le=32)
+    max_properties: int = Field(ge=1)
+    max_alternatives: int = Field(ge=1, description="in anyOf, oneOf, allOf and enum, together")
+    max_refs: int = Field(ge=0)
+    max_repeats: int = Field(ge=1, description="minLength, maxLength, minItems and so on; the braces of a pattern, multiplied")
+    max_pattern_chars: int = Field(ge=1)
+
+
+class RequestLimits(Config):
+    """What one request may ask for."""
+
+    max_choices: int = Field(ge=1, description="n, or n times the prompts of a completion")
+    max_messages: int = Field(ge=1)
+    max_prompt_chars: int = Field(ge=1, description="all messages, or all prompts; a token id counts as one")
+    max_stop_sequences: int = Field(ge=1)
+    max_stop_chars: int = Field(ge=1)
+    max_logit_biases: int = Field(ge=0)
+    max_top_logprobs: int = Field(ge=0, le=20)
+    max_top_k: int = Field(ge=1)
+    max_tools: int = Field(ge=0)
+    max_embedding_inputs: int = Field(ge=1)
+    schemas: SchemaLimits
+
+
 class ServeConfig(Config):
     """One way to serve a model."""
 
@@ -47,6 +75,7 @@ class ServeConfig(Config):
     max_body_bytes: int = Field(ge=1024)
     default_max_tokens: int = Field(ge=1)
     max_tokens: int = Field(ge=1)
+    requests: RequestLimits
     startup_seconds: float = Field(gt=0)
     request_seconds: float = Field(gt=0)
     drain_seconds: int = Field(ge=0)

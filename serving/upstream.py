@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Coroutine, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from fastapi import Request
 
 from monitoring.metrics import GENERATED_TOKENS, GENERATION_DURATION, GENERATION_REQUESTS, GENERATION_TTFT, PROMPT_TOKENS
+from serving.engines.abilities import Abilities
 from serving.engines.contract import Chat, Engine, Launch
 from serving.problems import BadRequest, EngineDown, EngineSilent, from_engine
 from serving.supervisor import Supervisor
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     import httpx
 
 CHAT_PATH = "/v1/chat/completions"
+TEXT_PATH = "/v1/completions"
 DONE = "[DONE]"
 CONNECT_SECONDS = 5.0
 
@@ -47,14 +49,18 @@ class Meter:
         self.usage: dict[str, int] = {}
 
     def see(self, event: Mapping[str, Any]) -> None:
-        """Take the first token's time and the token counts from a chunk or completion."""
+        """Take the first token's time and the token counts from a chunk."""
+        self.count(event)
+        if self.first_token is None and _has_token(event):
+            self.first_token = time.perf_counter()
+            GENERATION_TTFT.labels(model=self.model).observe(self.first_token - self.began)
+
+    def count(self, event: Mapping[str, Any]) -> None:
+        """Take the token counts from a chunk or completion."""
         if event.get("usage"):
             self.usage = {
                 key: int(event["usage"].get(key) or 0) for key in ("prompt_tokens", "completion_tokens", "total_tokens")
             }
-        if self.first_token is None and event.get("object") == "chat.completion.chunk" and _has_token(event):
-            self.first_token = time.perf_counter()
-            GENERATION_TTFT.labels(model=self.model).observe(self.first_token - self.began)
 
     async def __aenter__(self) -> Meter:
         """Start measuring."""
@@ -76,13 +82,14 @@ class Upstream:
         self.engine, self.launch, self.supervisor = engine, launch, supervisor
         self.silence_seconds = silence_seconds
         self._client: httpx.AsyncClient | None = None
+        self._abilities: Abilities | None = None
 
     async def __aenter__(self) -> Upstream:
         """Open the pool."""
         import httpx
 
         timeout = httpx.Timeout(self.silence_seconds, connect=CONNECT_SECONDS)
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=32)
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)  # llama.cpp closes one after a stream, unsaid
         self._client = httpx.AsyncClient(base_url=self.launch.url, timeout=timeout, limits=limits, trust_env=False)
         return self
 
@@ -107,17 +114,17 @@ class Upstream:
         except httpx.HTTPError:
             return False
 
-    async def complete(self, body: Mapping[str, Any]) -> dict[str, Any]:
-        """Return one completion."""
-        async with Meter(body["model"]) as meter, self._sent(body) as reply:
+    async def complete(self, body: Mapping[str, Any], path: str = CHAT_PATH) -> dict[str, Any]:
+        """Return one completion, of a chat or, with the other path, of a text."""
+        async with Meter(body["model"]) as meter, self._sent(body, path) as reply:
             completion: dict[str, Any] = json.loads(await reply.aread())
-            meter.see(completion)
+            meter.count(completion)
             return completion | {"model": body["model"]}  # llama.cpp names the base whatever answered
 
-    async def stream(self, body: Mapping[str, Any], meter: Meter) -> AsyncIterator[dict[str, Any]]:
-        """Yield the chunks of a streamed completion; the last one carries `usage` and no choices."""
+    async def stream(self, body: Mapping[str, Any], meter: Meter, path: str = CHAT_PATH) -> AsyncIterator[dict[str, Any]]:
+        """Yield the chunks of a streamed completion; the last one carries `usage`."""
         asked = {**body, "stream": True, "stream_options": {"include_usage": True}}
-        async with meter, self._sent(asked) as reply:
+        async with meter, self._sent(asked, path) as reply:
             async for line in reply.aiter_lines():
                 data = line.removeprefix("data:").strip() if line.startswith("data:") else ""
                 if data == DONE:
@@ -132,16 +139,26 @@ class Upstream:
 
     async def token_count(self, chat: Chat) -> int:
         """Return the length of a chat as the engine reads it, in tokens, up to where the reply begins."""
+        return await self._ask(lambda client: len(self.engine.render(client, self.launch, chat)))
+
+    async def abilities(self) -> Abilities:
+        """Return what the engine can do with the model that it holds; asked once."""
+        if self._abilities is None:
+            self._abilities = await self._ask(lambda client: self.engine.abilities(client, self.launch))
+        return self._abilities
+
+    async def _ask(self, question: Callable[[httpx.Client], T]) -> T:
+        """Ask the engine for something beside a generation, in a thread."""
         import httpx
         from starlette.concurrency import run_in_threadpool
 
-        def count() -> int:
+        def ask() -> T:
             with httpx.Client(timeout=self.silence_seconds, trust_env=False) as client:
-                return len(self.engine.render(client, self.launch, chat))
+                return question(client)
 
         self.check_up()
         try:
-            return await run_in_threadpool(count)
+            return await run_in_threadpool(ask)
         except httpx.TimeoutException:
             raise self._silent() from None
         except httpx.HTTPStatusError as error:
@@ -150,7 +167,7 @@ class Upstream:
             raise self._lost(f"({type(error).__name__})") from None
 
     @asynccontextmanager
-    async def _sent(self, body: Mapping[str, Any]) -> AsyncIterator[httpx.Response]:
+    async def _sent(self, body: Mapping[str, Any], path: str) -> AsyncIterator[httpx.Response]:
         """Send a request; the block gets an answer with status 200."""
         import httpx
 
@@ -158,9 +175,7 @@ class Upstream:
         assert self._client is not None
         content = _encode(self.engine.select(body, self.launch))
         try:
-            async with self._client.stream(
-                "POST", CHAT_PATH, content=content, headers={"Content-Type": "application/json"}
-            ) as reply:
+            async with self._client.stream("POST", path, content=content, headers={"Content-Type": "application/json"}) as reply:
                 if reply.status_code != 200:
                     raise self._refusal(reply.status_code, _error_object(await reply.aread()))
                 yield reply
@@ -211,8 +226,8 @@ async def _disconnected(request: Request) -> None:
 
 
 def _has_token(event: Mapping[str, Any]) -> bool:
-    deltas = [choice.get("delta", {}) for choice in event.get("choices", ())]
-    return any(delta.get(key) for delta in deltas for key in ("content", "reasoning_content", "tool_calls"))
+    pieces = [choice.get("delta", choice) for choice in event.get("choices", ())]  # a text completion has no delta
+    return any(piece.get(key) for piece in pieces for key in ("content", "reasoning_content", "tool_calls", "text"))
 
 
 def _outcome(kind: type[BaseException] | None) -> str:

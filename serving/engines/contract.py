@@ -6,12 +6,13 @@ batching: that is the work of the server it describes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from pipelines.catalogue import Model
+from serving.engines.abilities import Abilities, Lack, Words
 
 if TYPE_CHECKING:
     import httpx
@@ -97,6 +98,8 @@ class Engine(Protocol):
     health_path: str
     metrics_path: str
     metric_names: Mapping[str, str]
+    lacks: Sequence[Lack]
+    schema_words: Words | None
 
     def base_path(self, model: Model, pull: bool, say: Any) -> Path:
         """Return the base weights in the engine's form; `WeightsMissing` if they cannot be had."""
@@ -112,6 +115,9 @@ class Engine(Protocol):
 
     def render(self, client: httpx.Client, launch: Launch, chat: Chat) -> list[int]:
         """Return the token ids of a chat as the running engine sees it, up to where the reply begins."""
+
+    def abilities(self, client: httpx.Client, launch: Launch) -> Abilities:
+        """Return what the running engine can do with the model that it holds."""
 
     def trouble(self, log: str) -> Trouble | None:
         """Return why the engine did not start, if its log says it in a way that is known."""

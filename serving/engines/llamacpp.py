@@ -10,13 +10,14 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines.catalogue import Model
 from pipelines.config import ROOT
 from pipelines.hardware import OPENMP_ENVIRONMENT
+from serving.engines.abilities import Abilities, Lack, Words
 from serving.engines.contract import Chat, Launch, Overflow, Trouble
 
 if TYPE_CHECKING:
@@ -24,6 +25,18 @@ if TYPE_CHECKING:
 
 PROMPT_CACHE_MIB = 256  # llama.cpp keeps old prompts in memory, 8 GiB of them if it may: 9 GB after a thousand short requests
 NO_MEMORY = ("failed to allocate", "unable to allocate", "std::bad_alloc")
+LARGEST_SEED = 2**32 - 2  # the one above means: any
+SCHEMA_WORDS = Words(
+    known=frozenset({
+        "type", "enum", "const", "properties", "required", "additionalProperties", "items", "prefixItems", "minItems", "maxItems",
+        "anyOf", "oneOf", "allOf", "$ref", "$defs", "definitions", "minLength", "maxLength", "pattern", "format", "minimum",
+        "maximum", "exclusiveMinimum", "exclusiveMaximum",
+        "title", "description", "default", "examples", "$schema", "$id", "$comment", "deprecated", "readOnly", "writeOnly",
+    }),
+    formats=frozenset({"date", "time", "date-time", "uuid"}),
+    bounded_types=frozenset({"integer"}),
+    whole_patterns=True,
+)  # fmt: skip
 WARNINGS_ONLY = 2  # llama.cpp logs each request at 3
 
 
@@ -39,6 +52,12 @@ class LlamaCpp:
         "running": "llamacpp:requests_processing",
         "waiting": "llamacpp:requests_deferred",
     }
+    lacks: Sequence[Lack] = (
+        Lack("echo", bool, "llama.cpp does not repeat the prompt"),
+        Lack("seed", lambda seed: not 0 <= seed <= LARGEST_SEED, f"llama.cpp takes seeds from 0 to {LARGEST_SEED}"),
+        Lack("tool_choice", lambda choice: isinstance(choice, dict), "llama.cpp takes no tool by name: send that one, required"),
+    )
+    schema_words: Words | None = SCHEMA_WORDS
 
     def base_path(self, model: Model, pull: bool, say: Any) -> Path:  # noqa: ARG002 - only a package ships GGUF
         """Return the base as one GGUF file."""
@@ -73,6 +92,14 @@ class LlamaCpp:
         text = {"content": prompt, "add_special": True, "parse_special": True}
         tokens: list[int] = client.post(f"{launch.url}/tokenize", json=text).raise_for_status().json()["tokens"]
         return tokens
+
+    def abilities(self, client: httpx.Client, launch: Launch) -> Abilities:
+        """Read the size of the vocabulary, and what the template of the GGUF file does with tools."""
+        model = client.get(f"{launch.url}/v1/models").raise_for_status().json()["data"][0]
+        template = client.get(f"{launch.url}/props").raise_for_status().json()["chat_template_caps"]
+        choices = frozenset({"none", "auto", "required"}) if template["supports_tools"] else frozenset()
+        reason = "" if choices else f"the chat template of {launch.model} shows no tools to the model"
+        return Abilities(model["meta"]["n_vocab"], choices, template["supports_parallel_tool_calls"], reason)
 
     def trouble(self, log: str) -> Trouble | None:
         """Know memory that was not to be had for weights or cache."""
@@ -121,6 +148,7 @@ def _parameters(options: argparse.Namespace) -> Any:
     parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = options.threads
     parameters.n_gpu_layers = options.gpu_layers
     parameters.use_jinja, parameters.ui, parameters.endpoint_metrics = True, False, True
+    parameters.prefill_assistant = False  # or it would go on with an assistant's last message, and repeat it
     parameters.fit_params = False  # or llama.cpp would shrink the context to fit, without an error
     parameters.cache_ram_mib = PROMPT_CACHE_MIB
     parameters.cors_origins = f"http://{options.host}:{options.port}"  # or any web page could call it from a browser

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines.catalogue import Model
 from pipelines.errors import EngineError
 from pipelines.hardware import VLLM_PYTHON
+from serving.engines.abilities import Abilities, Lack, Words
 from serving.engines.contract import Adapter, Chat, Launch, Overflow, Trouble
 
 if TYPE_CHECKING:
@@ -48,6 +49,8 @@ class Vllm:
         "running": "vllm:num_requests_running",
         "waiting": "vllm:num_requests_waiting",
     }
+    lacks: Sequence[Lack] = ()  # what else it cannot do it refuses itself
+    schema_words: Words | None = None
 
     def base_path(self, model: Model, pull: bool, say: Any) -> Path:
         """Return the folder of safetensors, fetching it only if `pull` is True."""
@@ -91,6 +94,13 @@ class Vllm:
         reply = client.post(f"{launch.url}/tokenize", json={"model": name, "messages": chat, "add_generation_prompt": True})
         tokens: list[int] = reply.raise_for_status().json()["tokens"]
         return tokens
+
+    def abilities(self, client: httpx.Client, launch: Launch) -> Abilities:  # noqa: ARG002 - part of the contract
+        """Tools that have to be called work with any model; `auto` needs a parser for its own way of calling them."""
+        reason = (
+            "vLLM is started without a parser for the model's own tool calls; it can be made to call one: required, or by name"
+        )
+        return Abilities(None, frozenset({"none", "required", "named"}), False, reason)
 
     def trouble(self, log: str) -> Trouble | None:
         """Translate vLLM's sentences about memory and length into the setting that helps."""

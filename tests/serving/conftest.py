@@ -188,6 +188,8 @@ class FakeEngine:
     health_path = "/health"
     metrics_path = "/metrics"
     metric_names: dict[str, str] = {}
+    lacks = ()
+    schema_words = None
 
     def __init__(self, behaviour: str) -> None:
         self.behaviour = behaviour

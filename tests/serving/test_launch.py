@@ -76,7 +76,7 @@ def test_a_killed_engine_is_reported_and_comes_back(lab: Running, http: httpx.Cl
 
 def test_without_index_and_adapter_the_rest_works(tmp_path: Path) -> None:
     with fake_service(tmp_path) as client:
-        assert [m["id"] for m in client.get("/v1/models").json()["data"]] == [MODEL]
+        assert [m["id"] for m in client.get("/v1/models").json()["data"]] == [MODEL, "minilm"]
         response = client.post("/v1/rag/query", json={"question": "Who made Vela?"})
         assert response.status_code == 503 and "make index" in response.json()["error"]["next"]
         assert client.get("/readyz").status_code == 200

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from json import dumps
 
 import httpx
 import openai
 import pytest
+from pydantic import BaseModel, Field
 
 from pipelines.runs import Run
 from serving.launch import Running
@@ -22,8 +24,8 @@ def client(lab: Running) -> Iterator[openai.OpenAI]:
 
 
 def test_models_carry_their_passport(client: openai.OpenAI, tuned_run: Run) -> None:
-    base, tuned = client.models.list().data
-    assert (base.id, tuned.id) == (MODEL, TUNED)
+    base, tuned, embedder = client.models.list().data
+    assert (base.id, tuned.id, embedder.id) == (MODEL, TUNED, "minilm")
     passport = client.models.retrieve(TUNED).model_extra["passport"]
     assert passport["run"] == tuned_run.id and passport["fingerprint"] == tuned_run.fingerprint
     assert passport["base"]["revision"] and not passport["rehearsal"] and tuned.created > 1.7e9
@@ -38,14 +40,6 @@ def test_model_chooses_base_or_adapter(client: openai.OpenAI) -> None:
     assert answers[MODEL] != answers[TUNED]
 
 
-def test_the_lora_field_of_a_client_changes_nothing(client: openai.OpenAI) -> None:
-    def ask(**extra: object) -> str:
-        options = {"model": MODEL, "messages": CHAT, "max_tokens": 8, "temperature": 0}
-        return client.chat.completions.create(**options, extra_body=extra).choices[0].message.content
-
-    assert ask() == ask(lora=[{"id": 0, "scale": 1.0}])
-
-
 def test_a_stream_is_the_same_text(client: openai.OpenAI) -> None:
     options = {"model": TUNED, "messages": CHAT, "max_tokens": 10, "temperature": 0}
     whole = client.chat.completions.create(**options).choices[0].message.content
@@ -53,6 +47,41 @@ def test_a_stream_is_the_same_text(client: openai.OpenAI) -> None:
     assert "".join(c.choices[0].delta.content or "" for c in chunks) == whole
     assert chunks[-1].choices[0].finish_reason == "length"
     assert all(c.usage is None for c in chunks), "usage was not asked for"
+
+
+def test_the_client_parses_a_reply_into_a_class(client: openai.OpenAI) -> None:
+    class Sum(BaseModel):
+        total: int = Field(ge=1, le=9)
+
+    reply = client.chat.completions.parse(model=MODEL, messages=CHAT, response_format=Sum, max_tokens=32, temperature=0)
+    assert 1 <= reply.choices[0].message.parsed.total <= 9
+
+
+def test_text_completions_and_their_stream(client: openai.OpenAI) -> None:
+    options = {"model": TUNED, "prompt": "One, two,", "max_tokens": 6, "temperature": 0}
+    whole = client.completions.create(**options)
+    assert whole.object == "text_completion" and whole.model == TUNED and whole.usage.completion_tokens == 6
+    *chunks, last = client.completions.create(**options, stream=True, stream_options={"include_usage": True})
+    assert "".join(c.choices[0].text for c in chunks) == whole.choices[0].text
+    assert last.choices == [] and last.usage == whole.usage
+
+
+def test_langchains_client_works(lab: Running) -> None:
+    langchain = pytest.importorskip("langchain_openai", reason="langchain-openai is not installed: make setup-chains")
+    server = {"base_url": f"{lab.url}/v1", "api_key": "none"}
+    model = langchain.ChatOpenAI(**server, model=MODEL, temperature=0, max_tokens=6, seed=1, n=1, top_p=0.9, stop=["zzz"])
+    whole = model.invoke("Write the numbers from one to ten.")
+    pieces = list(model.stream("Write the numbers from one to ten.", stream_usage=True))
+    assert "".join(str(piece.content) for piece in pieces) == whole.content
+    assert whole.usage_metadata["output_tokens"] == sum((p.usage_metadata or {}).get("output_tokens", 0) for p in pieces) == 6
+    schema = {"title": "sum", "type": "object", "properties": {"total": {"type": "integer", "minimum": 1, "maximum": 9}},
+              "required": ["total"], "additionalProperties": False}  # fmt: skip
+    asked = langchain.ChatOpenAI(**server, model=MODEL, temperature=0, max_tokens=32)
+    assert 1 <= asked.with_structured_output(schema, method="json_schema").invoke("Two and two?")["total"] <= 9
+    with pytest.raises(openai.BadRequestError, match="shows no tools"):
+        asked.bind_tools([schema]).invoke("Two and two?")
+    embedder = langchain.OpenAIEmbeddings(**server, model="minilm", check_embedding_ctx_length=False)
+    assert len(embedder.embed_query("a text")) == 384
 
 
 def test_usage_on_a_stream_when_asked(client: openai.OpenAI) -> None:
@@ -100,8 +129,6 @@ def test_a_prompt_longer_than_the_context_says_the_numbers(client: openai.OpenAI
     ],
 )
 def test_wrong_values_are_refused_in_openais_form(http: httpx.Client, wrong: dict[str, object]) -> None:
-    from json import dumps
-
     body = dumps({"model": MODEL, "messages": CHAT, "max_tokens": 4} | wrong)  # ASCII, so that a surrogate gets through
     response = http.post("/v1/chat/completions", content=body, headers={"Content-Type": "application/json"})
     assert response.status_code == 400, response.text
@@ -116,10 +143,12 @@ def test_a_body_that_is_no_request(http: httpx.Client, content: bytes) -> None:
     assert response.status_code == 400 and response.json()["error"]["type"] == "invalid_request_error"
 
 
-def test_not_a_number_is_refused(http: httpx.Client) -> None:
-    body = b'{"model": "%s", "messages": [{"role": "user", "content": "x"}], "temperature": NaN}' % MODEL.encode()
-    response = http.post("/v1/chat/completions", content=body, headers={"Content-Type": "application/json"})
-    assert response.status_code == 400 and "not valid JSON" in response.json()["error"]["message"]
+@pytest.mark.parametrize("field", ["temperature", "response_format"])
+def test_not_a_number_is_refused(http: httpx.Client, field: str) -> None:
+    form = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"const": float("nan")}}}
+    body = {"model": MODEL, "messages": CHAT, field: form if field == "response_format" else float("nan")}
+    response = http.post("/v1/chat/completions", content=dumps(body), headers={"Content-Type": "application/json"})
+    assert response.status_code == 400 and response.json()["error"]["type"] == "invalid_request_error"
 
 
 def test_a_huge_body_is_refused(http: httpx.Client) -> None:
