@@ -19,6 +19,7 @@ from serving import engines
 from serving.address import check_free
 from serving.engines import vllm
 from serving.engines.contract import Adapter, Engine, Launch
+from serving.engines.llamacpp import SCHEMA_WORDS
 from serving.supervisor import Supervisor
 from serving.tuned import adapter_of, check_template
 from tests.serving.conftest import MODEL, TUNED, descendants, gone, serve_config
@@ -104,6 +105,32 @@ def test_it_streams_usage(started: Supervisor) -> None:
     assert data[-1] == "[DONE]"
     last = json.loads(data[-2])
     assert last["choices"] == [] and last["usage"]["completion_tokens"] == 12
+
+
+def test_it_says_what_it_can_do(started: Supervisor) -> None:
+    with httpx.Client(trust_env=False, timeout=60) as client:
+        able = started.engine.abilities(client, started.launch)
+    if started.engine.name == "llamacpp":
+        assert able.vocabulary == 49152 and not able.tool_choices and "shows no tools" in able.tools_reason
+    else:
+        assert able.tool_choices == {"none", "required", "named"} and "parser" in able.tools_reason
+
+
+def test_what_llamacpp_is_said_to_lack_it_still_leaves_out(started: Supervisor) -> None:
+    """Where it has learned to obey, the table in its module can shrink."""
+    if started.engine.name != "llamacpp":
+        pytest.skip("vLLM refuses what it cannot do")
+    body = {"prompt": "One, two,", "echo": True, "max_tokens": 2, "temperature": 0}
+    echo = httpx.post(f"{started.launch.url}/v1/completions", json=body, timeout=60, trust_env=False).json()
+    assert not echo["choices"][0]["text"].startswith("One")
+    ignored = {"multipleOf": {"type": "integer", "multipleOf": 1000}, "not": {"not": {"type": "integer"}},
+               "pattern": {"type": "string", "pattern": "zq+"}, "format": {"type": "string", "format": "email"}}  # fmt: skip
+    for word, schema in ignored.items():
+        assert word not in SCHEMA_WORDS.known or word in ("pattern", "format")
+        form = {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}
+        reply = text(ask(started, response_format=form, max_tokens=6))
+        assert "000" not in reply and "zq" not in reply and "@" not in reply, reply
+    assert text(ask(started, tools=[{"type": "function", "function": {"name": "f", "parameters": {}}}], tool_choice="required"))
 
 
 @pytest.mark.parametrize(("rank", "allowed"), [(1, 1), (4, 8), (16, 16), (257, 320)])
