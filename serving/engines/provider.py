@@ -22,6 +22,7 @@ from pipelines import catalogue
 from pipelines.catalogue import Model
 from pipelines.config import ROOT
 from pipelines.errors import ConfigError, EngineError
+from serving.engines.abilities import Abilities, Lack
 from serving.engines.contract import Chat, Launch, LiveAdapters, Overflow, Trouble
 from serving.settings import ProviderSettings
 
@@ -77,6 +78,8 @@ class Provider:
     metric_names: Mapping[str, str] = {}
     live_adapters: LiveAdapters | None = None
     has_adapters = False
+    lacks = (Lack("prompt", lambda _: True, "a remote model is asked by chats only: /v1/chat/completions"),)
+    schema_words = None  # its own server refuses whatever it does not pass on
 
     def base_path(self, model: Model, pull: bool, say: Any) -> Path | None:  # noqa: ARG002 - part of the contract
         """Return None, since there are no weights here, and say where prompts go."""
@@ -106,6 +109,10 @@ class Provider:
     def render(self, client: httpx.Client, launch: Launch, chat: Chat) -> list[int]:  # noqa: ARG002
         """Raise `EngineError`: a provider does not show its tokens."""
         raise EngineError("a provider does not show its tokens", "an engine that runs here", "llmlab serve MODEL")
+
+    def abilities(self, client: httpx.Client, launch: Launch) -> Abilities:  # noqa: ARG002 - part of the contract
+        """Return that tools are not passed on, whatever the remote model can do."""
+        return Abilities(None, frozenset(), False, "tools are not passed on to a remote model")
 
     def count(self, client: httpx.Client, launch: Launch, chat: Chat) -> int:  # noqa: ARG002 - part of the contract
         """Return an estimate from the length of the text; only the provider knows the number."""
