@@ -122,7 +122,10 @@ SERVICE = (
         "short",
         "A value that only rises means that requests arrive faster than they finish: clients should back "
         "off, or the limit is too high.",
-        (Query(f"sum({m.series_name(m.HTTP_REQUESTS_IN_FLIGHT)})", "in flight"),),
+        (
+            Query(f"sum({m.series_name(m.HTTP_REQUESTS_IN_FLIGHT)})", "in flight"),
+            Query(f"sum({m.series_name(m.GATEWAY_TASKS)})", "tasks of the gateway"),
+        ),
     ),
 )
 

@@ -68,6 +68,9 @@ HTTP_REQUEST_DURATION = Histogram(
     registry=REGISTRY,
 )
 HTTP_REQUESTS_IN_FLIGHT = Gauge("llmlab_http_requests_in_flight", "Requests accepted and not yet answered.", registry=REGISTRY)
+GATEWAY_TASKS = Gauge(
+    "llmlab_gateway_tasks", "Tasks of the gateway's event loop; they come and go with requests.", registry=REGISTRY
+)
 
 GENERATION_REQUESTS = Counter(
     "llmlab_generation_requests_total",

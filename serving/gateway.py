@@ -5,6 +5,7 @@ It owns the APIs, their limits and errors, and the metrics; generating is the en
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
@@ -14,10 +15,11 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import PlainTextResponse, Response
 from fastapi_offline import FastAPIOffline
+from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
-from monitoring.metrics import REGISTRY, set_build, start_series
+from monitoring.metrics import GATEWAY_TASKS, REGISTRY, set_build, start_series
 from pipelines.errors import LabError
 from serving import adapters_api, documents_api, embeddings_api, openai_api, rag_api
 from serving.edge import Edge
@@ -79,11 +81,12 @@ def _add_operations(app: FastAPI, service: Service) -> None:
         return {"status": "ready", "engine": service.supervisor.engine.name, "rag": service.knowledge.summary}
 
     @app.get("/metrics", tags=["operations"], response_class=PlainTextResponse)
-    def metrics() -> Response:
+    async def metrics() -> Response:
         """Return the gateway's metrics for Prometheus."""
         from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
-        return Response(generate_latest(REGISTRY), media_type=CONTENT_TYPE_LATEST)
+        GATEWAY_TASKS.set(len(asyncio.all_tasks()))
+        return Response(await run_in_threadpool(generate_latest, REGISTRY), media_type=CONTENT_TYPE_LATEST)
 
     @app.get("/metrics/engine", tags=["operations"], response_class=PlainTextResponse)
     async def engine_metrics() -> Response:

@@ -196,6 +196,7 @@ def _supervisor(model: Model, config: ServeConfig, choice: Choice, chosen: Chose
         gpu_memory_share=_gpu_memory_share(config, machine),
         vllm=config.vllm,
         provider=config.provider.model_copy(update={"model": model.provider}),
+        speculation=config.speculation,
     )
     if gpu and model.dimensions:
         check_room(launch, model.dimensions, min(card.memory_bytes for card in machine.gpus))

@@ -1,5 +1,7 @@
 """The engine, as requests see it: an OpenAI chat request in, one completion or a stream of chunks out.
 
+Connections are aiohttp's below httpx's interface: httpx's own take about twice the time for each token.
+
 Every failure leaves here as one of the errors in `serving.problems`, and every generation is counted. A stream that is
 closed early closes the connection to the engine, which then stops generating. `switch` turns new requests to another engine
 or set of adapters; those under way end where they began.
@@ -27,6 +29,7 @@ from serving.visit import VISIT
 
 if TYPE_CHECKING:
     import httpx
+    from aiohttp import ClientSession
 
 CHAT_PATH = "/v1/chat/completions"
 TEXT_PATH = "/v1/completions"
@@ -93,16 +96,24 @@ class Meter:
         self._record.end_generation(self.usage, self.finish_reasons, ttft, error)
 
 
+def _connections() -> ClientSession:
+    """Return a pool without bounds that keeps no connection: llama.cpp closes one after a stream, and does not say so."""
+    from aiohttp import ClientSession, TCPConnector
+
+    return ClientSession(connector=TCPConnector(limit=0, force_close=True))
+
+
 class Route:
     """The way to one engine with one set of names: the connections to it, and how many requests are on it."""
 
     def __init__(self, launch: Launch, supervisor: Supervisor, silence_seconds: float) -> None:
         import httpx
+        from httpx_aiohttp import AiohttpTransport
 
         self.launch, self.supervisor = launch, supervisor
         timeout = httpx.Timeout(silence_seconds, connect=CONNECT_SECONDS)
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)  # llama.cpp closes one after a stream, unsaid
-        self.client = httpx.AsyncClient(base_url=launch.url, timeout=timeout, limits=limits, trust_env=False)
+        transport = AiohttpTransport(client=_connections, trust_env=False)
+        self.client = httpx.AsyncClient(base_url=launch.url, timeout=timeout, transport=transport, trust_env=False)
         self.requests = 0
         self._idle = asyncio.Event()
         self._idle.set()
@@ -251,9 +262,9 @@ class Upstream:
                     if reply.status_code != 200:
                         raise self._refusal(reply.status_code, _error_object(await reply.aread()))
                     yield reply
-        except httpx.TimeoutException:
+        except httpx.ReadTimeout:
             raise self._silent() from None
-        except httpx.HTTPError as error:
+        except httpx.HTTPError as error:  # the transport tells a closed connection as httpx.ConnectTimeout
             raise self._lost(route, f"({type(error).__name__})") from None
 
     def _silent(self) -> EngineSilent:

@@ -127,6 +127,112 @@ def guard(
     json_line(document)
 
 
+def serve(
+    name: Annotated[str, typer.Argument(help="A name from `llmlab models`.")] = "smollm2-135m",
+    quick: Annotated[bool, typer.Option("--quick", help="Under 5 minutes: short turns, two loads, 200 mixed requests.")] = False,
+    contender: Annotated[list[str] | None, typer.Option(help="Beside engine and gateway; may be given several times.")] = None,
+    seconds: Annotated[float | None, typer.Option(min=0.5, help="Of each turn and load.")] = None,
+    requests: Annotated[int | None, typer.Option(min=1, help="Mixed requests; with --url those of the load, 100.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="PNG to draw.")] = None,
+    url: Annotated[str | None, typer.Option(help="Measure this OpenAI endpoint instead; its key is LLMLAB_BENCH_KEY.")] = None,
+    model: Annotated[str, typer.Option(help="With --url: value of `model`; the first that is listed if not given.")] = "",
+    rate: Annotated[float, typer.Option(min=0.001, help="With --url: requests a second.")] = 1.0,
+    reply_tokens: Annotated[int, typer.Option(min=1, help="With --url: longest reply.")] = 64,
+    good_ttft: Annotated[float, typer.Option(help="With --url: a good request's longest TTFT, in seconds.")] = 1.0,
+    good_tpot: Annotated[float, typer.Option(help="With --url: a good request's longest TPOT, in seconds.")] = 0.1,
+) -> None:
+    """Measure serving: llama.cpp itself, our gateway before it, `transformers serve`, vLLM; or one endpoint from outside.
+
+    Examples: llmlab bench serve --quick; llmlab bench serve --url http://127.0.0.1:8000 --rate 4 --requests 200
+    """
+    import asyncio
+    import os
+    from dataclasses import replace
+
+    from labs.bench import serve as bench
+    from labs.bench.serve_figures import Limits
+    from labs.bench.serve_load import Target
+    from labs.screen import CountScreen, json_line, say
+
+    if url:
+        target = Target(url.rstrip("/").removesuffix("/v1"), model, os.environ.get("LLMLAB_BENCH_KEY", ""))
+        limits = Limits(good_ttft, good_tpot)
+        document = asyncio.run(bench.bench_endpoint(target, rate, requests or 100, reply_tokens, limits))
+        _show_load(document)
+    else:
+        usual = bench.QUICK if quick else bench.FULL
+        sizes = replace(usual, window_seconds=seconds or usual.window_seconds, load_seconds=seconds or usual.load_seconds,
+                        requests=requests or usual.requests)  # fmt: skip
+        with CountScreen() as screen:
+            document = bench.bench_serve(name, sizes, bench.chosen(contender), screen.update, say, quick=quick)
+        _show_serving(document)
+        if plot:
+            bench.draw(document, plot)
+    json_line(document)
+
+
+@bench_app.command()
+def parity(
+    name: Annotated[str, typer.Argument(help="A name from `llmlab models`.")] = "smollm2-135m",
+    run: Annotated[str | None, typer.Option(help="Id of an export run, to take in place of the base.")] = None,
+    quantisation: Annotated[list[str] | None, typer.Option(help="f16, q8_0 and q4_1 if not given; several times.")] = None,
+    prompts: Annotated[int | None, typer.Option(min=1, help="How many of the golden prompts; all if not given.")] = None,
+) -> None:
+    """Measure what a quantisation costs: transformers in float32 against llama.cpp and vLLM, on golden prompts.
+
+    Examples: llmlab bench parity; llmlab bench parity --quantisation q8_0 --quantisation q4_k
+    """
+    from labs.bench import parity as bench
+    from labs.screen import CountScreen, json_line, say, table
+    from pipelines import runs
+    from pipelines.export import quantise
+
+    for each in quantisation or ():
+        quantise.check(each)
+    with CountScreen() as screen:
+        document = bench.bench_parity(name, runs.find(run) if run else None, quantisation or bench.QUANTISATIONS, prompts,
+                                      screen.update)  # fmt: skip
+    columns = list(dict.fromkeys(key for form in document["forms"].values() for key in form))
+    rows = [(of, *("-" if form.get(c) is None else form[c] for c in columns)) for of, form in document["forms"].items()]
+    table(f"Against transformers in float32, {document['prompts']} prompts", ["form", *columns], rows)
+    say(f"recommended: {document['recommended']}")
+    json_line(document)
+
+
+def _show_load(document: dict[str, Any]) -> None:
+    from labs.screen import table
+
+    parts = {key: of for key, of in document.items() if isinstance(of, dict)}
+    rows = [(key.removesuffix("_seconds"), *("-" if v is None else v for v in of.values())) for key, of in parts.items()]
+    table("Seconds", ["of", "mean", "p50", "p90", "p99"], rows)
+    table("Load", ["what", "value"], [(key, value) for key, value in document.items() if key not in parts])
+
+
+def _show_serving(document: dict[str, Any]) -> None:
+    from labs.screen import say, table
+
+    speed, loads = document["tokens_per_second"], document["loads"]
+    streams = list(speed["engine"])
+    table("Tokens a second", ["server", *(f"{n} streams" for n in streams)],
+          [(name, *(f"{of[n]:.1f}" for n in streams)) for name, of in speed.items()])  # fmt: skip
+    rows = [
+        (
+            load,
+            f"{of['rate']:.2f}",
+            of["completed"],
+            of["refused"],
+            of["server_errors"],
+            *("-" if of["ttft_seconds"][p] is None else of["ttft_seconds"][p] for p in ("p50", "p99")),
+        )
+        for load, of in loads.items()
+    ]
+    table("The gateway under load", ["times rated", "requests/s", "completed", "refused", "errors", "TTFT p50", "p99"], rows)
+    figures = [(key, value) for key, value in document.items() if isinstance(value, float)]
+    table("Figures", ["what", "value"], [*figures, *document["leaked"].items()])
+    for what, way in document["left_out"].items():
+        say(f"left out: {what} ({way})")
+
+
 def _show_answers(document: dict[str, Any]) -> None:
     from labs.bench.answers import KINDS, WHO_ABSTAINS
     from labs.screen import table

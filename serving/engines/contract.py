@@ -64,6 +64,7 @@ class Launch:
         work: folder for the engine's log; its working directory.
         vllm: how vLLM spreads over GPUs and what it keeps for adapters; None for one GPU, and the adapters that there are.
         provider: which remote model answers; None for engines that run one.
+        speculation: True to guess what comes next from what the prompt says, where the engine can.
     """
 
     model: str
@@ -79,6 +80,7 @@ class Launch:
     gpu_memory_share: float = 0.9
     vllm: VllmSettings | None = None
     provider: ProviderSettings | None = None
+    speculation: bool = False
 
     @property
     def url(self) -> str:

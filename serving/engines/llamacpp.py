@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     import httpx
 
 PROMPT_CACHE_MIB = 256  # llama.cpp keeps old prompts in memory, 8 GiB of them if it may: 9 GB after a thousand short requests
+# After so many tokens that stand in the text before, the next so many are guessed to be the same; all are then computed at once.
+GUESS_AFTER_TOKENS, GUESSED_TOKENS = 3, 4
 NO_MEMORY = ("failed to allocate", "unable to allocate", "std::bad_alloc")
 LARGEST_SEED = 2**32 - 2  # the one above means: any
 SCHEMA_WORDS = Words(
@@ -73,7 +75,7 @@ class LlamaCpp:
         options = {
             "--model": launch.base, "--alias": launch.model, "--host": launch.host, "--port": launch.port,
             "--context-tokens": launch.context_tokens, "--slots": launch.slots, "--threads": launch.threads,
-            "--gpu-layers": -1 if launch.gpu else 0,
+            "--gpu-layers": -1 if launch.gpu else 0, "--speculation": int(launch.speculation),
         }  # fmt: skip
         loras = [f"--lora={adapter.gguf}" for adapter in launch.adapters]
         return [sys.executable, "-m", __name__, *(f"{name}={value}" for name, value in options.items()), *loras]
@@ -140,7 +142,7 @@ def _options() -> argparse.Namespace:
     for name in ("--model", "--alias", "--host"):
         parser.add_argument(name, default="")
     parser.add_argument("--lora", action="append", default=[])
-    for name in ("--port", "--context-tokens", "--slots", "--threads", "--gpu-layers"):
+    for name in ("--port", "--context-tokens", "--slots", "--threads", "--gpu-layers", "--speculation"):
         parser.add_argument(name, type=int, required=True)
     return parser.parse_args()
 
@@ -162,6 +164,10 @@ def _parameters(options: argparse.Namespace) -> Any:
     parameters.cors_origins = f"http://{options.host}:{options.port}"  # or any web page could call it from a browser
     parameters.verbosity = WARNINGS_ONLY
     parameters.lora_adapters = [_lora(path) for path in options.lora]
+    if options.speculation:
+        parameters.speculative.types = [xllamacpp.common_speculative_type.COMMON_SPECULATIVE_TYPE_NGRAM_SIMPLE]
+        ngram = parameters.speculative.ngram_simple
+        ngram.size_n, ngram.size_m = GUESS_AFTER_TOKENS, GUESSED_TOKENS
     return parameters
 
 
