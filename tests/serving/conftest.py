@@ -30,7 +30,7 @@ MODEL = "smollm2-135m"
 TUNED = f"{MODEL}-tuned"
 SETTINGS = [
     "port=0", "engine_port=0", "engine=llamacpp", "context_tokens=1024", "slots.llamacpp=2", "max_question_chars=600",
-    "restart.first_delay_seconds=0.3", "keys=null",
+    "restart.first_delay_seconds=0.3", "keys=null", "restart.open_after_failures=50",
 ]  # fmt: skip
 PAGES = {
     "vela.md": "# Vela\n\nVela is a language model. It was made by Orion Labs and has 9 billion parameters.\n",

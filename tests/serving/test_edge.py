@@ -57,8 +57,10 @@ def test_a_head_that_does_not_come_ends_the_connection(strict: httpx.Client, sta
 
 def test_a_head_that_trickles_after_an_answer_ends_the_connection_too(strict: httpx.Client) -> None:
     with connect(strict) as connection:
-        connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\nGET")
-        assert rest(connection).startswith(b"HTTP/1.1 200")
+        connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert connection.recv(65536).startswith(b"HTTP/1.1 200")
+        connection.sendall(b"GET")
+        assert b"HTTP/1.1" not in rest(connection)
 
 
 def test_a_body_that_trickles_is_answered_408(strict: httpx.Client) -> None:

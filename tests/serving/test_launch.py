@@ -89,6 +89,7 @@ def test_an_engine_that_is_killed_under_load_leaves_nobody_waiting(lab: Running,
             answers = [pool.submit(ask, number) for number in range(6)]
             wait_until(lambda: len(lab.service.admission._running) == 2)
             descendants(supervisor._process.pid)[0].kill()
+            wait_until(lambda: not supervisor.status.up)
             ended = [answer.result(timeout=30) for answer in answers]
             assert all("[DONE]" in text or '"error"' in text for text in ended)
             assert any("engine_unavailable" in text for text in ended)
