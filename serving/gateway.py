@@ -17,7 +17,7 @@ from starlette.exceptions import HTTPException
 
 from monitoring.metrics import REGISTRY, set_build, start_series
 from pipelines.errors import LabError
-from serving import documents_api, openai_api, rag_api
+from serving import documents_api, openai_api, page, rag_api
 from serving.edge import Edge
 from serving.problems import BadRequest, EngineDown, response
 from serving.service import Service
@@ -40,6 +40,7 @@ def create_app(service: Service, version: str) -> FastAPI:
     app.include_router(openai_api.router(service))
     app.include_router(rag_api.router(service))
     app.include_router(documents_api.router(service))
+    app.include_router(page.router(service))
     _add_operations(app, service)
     app.add_exception_handler(LabError, _lab_error)
     app.add_exception_handler(RequestValidationError, _invalid)
