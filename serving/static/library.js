@@ -24,12 +24,13 @@ async function list() {
   await guarded(async () => {
     const { data, index } = await get("v1/documents");
     $("upload").hidden = false;
-    const syncing = index.syncing ? "; the index follows" : "";
+    const waits = index.syncing || data.some(({ status }) => ["pending", "deleting"].includes(status));
+    const syncing = waits ? "; the index follows" : "";
     $("library-state").textContent = `${plural(data.length, "document")} added here${syncing}. ` +
       `The index ${index.name} has ${plural(index.documents, "document")} in ${plural(index.chunks, "passage")}.`;
     $("library-list").replaceChildren(...data.map(item));
     if (index.problem) $("library-problem").replaceChildren(el("p", { class: "note warn" }, index.problem.message));
-    if (index.syncing && $("library").open) timer = setTimeout(list, LOOK_AGAIN);
+    if (waits && $("library").open) timer = setTimeout(list, LOOK_AGAIN);
   });
 }
 
