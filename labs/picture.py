@@ -18,8 +18,8 @@ from pipelines.config import ROOT
 from pipelines.errors import EngineError
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Browser
     from PIL.Image import Image
+    from playwright.sync_api import Browser
 
 PICTURE = ROOT / "labs" / "measured" / "page.png"
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
@@ -49,8 +49,9 @@ def take(model: str, to: Path = PICTURE) -> Path:
     Raises:
         LabError: there is no Chromium, or the server does not start.
     """
-    from labs.screen import say
     from playwright.sync_api import sync_playwright
+
+    from labs.screen import say
     from serving.launch import running
     from serving.settings import load_serve_config
 
