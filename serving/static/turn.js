@@ -143,7 +143,8 @@ export class Turn {
 
 /** Return an element that says what went wrong and what to do; `action` is a button, or null. */
 export function notice(problem, action = null) {
-  const wait = problem.retryAfter ? `Ask again in ${problem.retryAfter} s.` : "";
+  const said = [problem.message, problem.next].some((line) => line?.includes(`in ${problem.retryAfter} s`));
+  const wait = problem.retryAfter && !said ? `Ask again in ${problem.retryAfter} s.` : "";
   const lines = [problem.message, problem.expected && `Expected: ${problem.expected}`, problem.next, wait].filter(Boolean);
   return el("div", { class: "note bad", role: "alert" }, el("strong", {}, problem.status ? `${problem.title} (${problem.status})` : problem.title),
     ...lines.map((line) => el("p", {}, line)), action);

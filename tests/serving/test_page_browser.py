@@ -240,7 +240,7 @@ def test_an_engine_that_is_down_is_told_and_asked_again(open_page: Callable[...,
     next(p for p in descendants(os.getpid()) if "llamacpp" in " ".join(p.cmdline())).kill()
     turn = ask(page, "Who made Vela?", tokens=4)
     told = turn.locator(".note.bad").text_content()
-    assert told.startswith("Not available now (503)") and "Ask again in" in told
+    assert told.startswith("Not available now (503)") and "ask again in" in told
     assert page.locator("#state").is_visible()
     wait_until(lambda: httpx.get(f"{lab.url}/readyz", trust_env=False).status_code == 200)
     turn.get_by_role("button", name="Ask again").click()
