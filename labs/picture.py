@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 PICTURE = ROOT / "labs" / "measured" / "page.png"
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
-DESKTOP, PHONE = (1120, 760), (360, 760)
+DESKTOP, PHONE = (1120, 820), (360, 820)
 QUESTIONS = ("Who developed Phi-2?", "What is the boiling point of ethanol?")
 GAP = 24  # pixels between the two pictures
 COLOURS = 192  # of the file; text stays sharp, and the file small
@@ -58,9 +58,9 @@ def take(model: str, to: Path = PICTURE) -> Path:
     options = chromium_options()
     with running(model, load_serve_config("default", ["port=0", "engine_port=0"]), say=say) as served, sync_playwright() as play:
         browser = play.chromium.launch(**options)
-        pictures = [_asked(browser, served.url, *view) for view in ((DESKTOP, "light"), (PHONE, "dark"))]
+        phone, desktop = (_asked(browser, served.url, *view) for view in ((PHONE, "dark"), (DESKTOP, "light")))
         browser.close()
-    _beside(pictures).save(to, optimize=True)
+    _beside([desktop, phone]).save(to, optimize=True)
     return to
 
 
