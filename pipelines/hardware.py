@@ -6,6 +6,7 @@ metric. Only "auto" falls back; a device or an engine that was asked for by name
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import subprocess
@@ -20,6 +21,7 @@ from pipelines.errors import ConfigError, EngineError
 
 VLLM_PYTHON = ROOT / ".venv-vllm" / "bin" / "python"
 ENGINES = ("auto", "llamacpp", "vllm", "provider")
+CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # more threads than it allows would wait for one another
 
 # How long OpenMP's threads spin before they sleep; torch and llama.cpp read it from the environment when they start. With
 # the library's own value, threads of two busy programs starve each other: llama.cpp fell from 100 to 1 token/s beside one
@@ -127,9 +129,18 @@ def choose_engine(requested: str) -> Choice:
     return Choice("vllm", "a GPU is present and vLLM is installed")
 
 
-def usable_cpus() -> int:
-    """Return how many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def usable_cpus(quota: Path = CPU_QUOTA) -> int:
+    """Return how many cores this process may use: those it may run on, or fewer where a container's limit says so.
+
+    Args:
+        quota: the limit in the form of Linux' cpu.max, such as "150000 100000" for one and a half cores.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        most, period = map(int, quota.read_text(encoding="ascii").split())
+    except (OSError, ValueError):  # there is no such file, or it says "max"
+        return cores
+    return max(1, min(cores, math.ceil(most / period)))
 
 
 def use_all_cores(processes: int = 1) -> int:

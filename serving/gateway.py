@@ -21,7 +21,7 @@ from starlette.middleware.cors import CORSMiddleware
 
 from monitoring.metrics import GATEWAY_TASKS, REGISTRY, set_build, start_series
 from pipelines.errors import LabError
-from serving import adapters_api, documents_api, embeddings_api, openai_api, rag_api
+from serving import adapters_api, documents_api, embeddings_api, openai_api, page, rag_api
 from serving.edge import Edge
 from serving.problems import BadRequest, EngineDown, LabProblem, UnknownField, clean, field_name, response
 from serving.service import Service
@@ -57,6 +57,7 @@ def create_app(service: Service, version: str) -> FastAPI:
     app.include_router(rag_api.router(service))
     app.include_router(documents_api.router(service))
     app.include_router(adapters_api.router(service))
+    app.include_router(page.router(service))
     _add_operations(app, service)
     app.add_exception_handler(LabError, _lab_error)
     app.add_exception_handler(RequestValidationError, _invalid)

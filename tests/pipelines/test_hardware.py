@@ -37,3 +37,17 @@ def test_gpus_are_what_the_driver_says(monkeypatch: pytest.MonkeyPatch, tmp_path
         hardware._gpus.cache_clear()
     assert first == Gpu("NVIDIA RTX A4000", 16376 * 2**20, 8188 * 2**20, "550.54")
     assert second == Gpu("Odd, name", 0, 0, "550.54")
+
+
+def test_a_containers_limit_bounds_the_cores(tmp_path: Path) -> None:
+    unlimited = hardware.usable_cpus(tmp_path / "missing")
+    for text, expected in (
+        ("max 100000\n", unlimited),
+        ("50000 100000\n", 1),
+        ("100000 100000\n", 1),
+        ("99900000 100000\n", unlimited),
+    ):
+        (tmp_path / "cpu.max").write_text(text)
+        assert hardware.usable_cpus(tmp_path / "cpu.max") == expected
+    (tmp_path / "cpu.max").write_text("150000 100000\n")
+    assert hardware.usable_cpus(tmp_path / "cpu.max") == min(2, unlimited)
