@@ -124,7 +124,7 @@ def alone(
 
     config, machine, port = load_serve_config(), probe(), check_free(HOST, 0, "")
     gpu = engine.name == VLLM and bool(machine.gpus)
-    launch = Launch(name, base, None, HOST, port, context_tokens, slots, machine.cpus, gpu, work, speculation=speculation)
+    launch = Launch(name, base, (), HOST, port, context_tokens, slots, machine.cpus, gpu, work, speculation=speculation)
     supervisor = Supervisor(engine, launch, config.startup_seconds, config.restart)
     try:
         supervisor.spawn()

@@ -14,7 +14,7 @@ import argparse
 import os
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -22,7 +22,7 @@ from pipelines import catalogue
 from pipelines.catalogue import Model
 from pipelines.config import ROOT
 from pipelines.errors import ConfigError, EngineError
-from serving.engines.abilities import Abilities, Lack
+from serving.engines.abilities import Abilities, Lack, Words
 from serving.engines.contract import Chat, Launch, LiveAdapters, Overflow, Trouble
 from serving.settings import ProviderSettings
 
@@ -78,8 +78,8 @@ class Provider:
     metric_names: Mapping[str, str] = {}
     live_adapters: LiveAdapters | None = None
     has_adapters = False
-    lacks = (Lack("prompt", lambda _: True, "a remote model is asked by chats only: /v1/chat/completions"),)
-    schema_words = None  # its own server refuses whatever it does not pass on
+    lacks: Sequence[Lack] = (Lack("prompt", lambda _: True, "a remote model is asked by chats only: /v1/chat/completions"),)
+    schema_words: Words | None = None  # its own server refuses whatever it does not pass on
 
     def base_path(self, model: Model, pull: bool, say: Any) -> Path | None:  # noqa: ARG002 - part of the contract
         """Return None, since there are no weights here, and say where prompts go."""
