@@ -151,6 +151,45 @@ def data_from_docs(
     json_line(made | {"seconds": round(time.monotonic() - began, 1)})
 
 
+@data_app.command("from-questions")
+def data_from_questions(
+    questions: Annotated[Path, typer.Argument(help='JSON lines {"question": ..., "source": ..., "answer": ...}.')],
+    out: Annotated[Path, typer.Option(help="The file of rows, .jsonl.")],
+    index: Annotated[str, typer.Option(help="The index that holds the documents.")] = "knowledge",
+    abstain: Annotated[float, typer.Option(min=0, max=1, help="Share of the answers that are withheld.")] = 0.25,
+    seed: Annotated[int, typer.Option(help="Decides which, and the order of passages.")] = 0,
+) -> None:
+    """Make rows to tune a reader with from questions that people have answered; the last line is JSON.
+
+    Each answer in the words of its document; no source says that no document answers. The passages are those of the index,
+    as many as in service.
+
+    Example: llmlab data from-questions asked.jsonl --index notes --out notes.jsonl && llmlab finetune --data notes.jsonl
+    """
+    from labs.screen import CountScreen, json_line, say
+    from pipelines.config import load, named
+    from pipelines.rag.asked import read_questions
+    from pipelines.rag.embed import load_embedder
+    from pipelines.rag.index import RagConfig
+    from pipelines.rag.retrieve import open_retriever
+    from pipelines.tune import from_questions
+
+    out, rag = out.expanduser(), load(named("rag", "default"), RagConfig)
+    from_questions.check_out(out)
+    asked = read_questions(questions.expanduser())
+    with CountScreen() as screen:
+        retriever = open_retriever(index, load_embedder(rag.embedder), rag)
+        made = from_questions.make(asked, retriever, rag.top_k, abstain, seed,
+                                   lambda done, total: screen.update("retrieve", done, total))  # fmt: skip
+    from_questions.write(made.rows, out)
+    withheld = sum(row["withheld"] for row in made.rows)
+    for lost in made.lost[:SHOWN]:
+        say(f"left out: {lost.text!r}, whose answer stands in no chunk of {lost.source}")
+    say(f"{out}: {len(made.rows)} rows, {withheld} of them abstain; {len(made.lost)} questions left out\n"
+        f"next: llmlab data report {out}, llmlab finetune --data {out} --epochs 3")  # fmt: skip
+    json_line({"questions": len(asked), "rows": len(made.rows), "abstentions": withheld, "lost": len(made.lost)})
+
+
 @data_app.command("show")
 def data_show(name: Annotated[str, typer.Argument()] = "reader", rows: Annotated[int, typer.Option(min=1)] = 3) -> None:
     """Print a few training groups as the model sees them."""

@@ -89,7 +89,8 @@ def calibrate(
 ) -> None:
     """Learn below which sign a question has no answer. Example: llmlab index calibrate notes --questions asked.jsonl."""
     from labs.screen import CountScreen, json_line, say
-    from pipelines.rag.abstention import learn, read_questions, save
+    from pipelines.rag.abstention import learn, save
+    from pipelines.rag.asked import read_questions
     from pipelines.rag.index import open_index
     from pipelines.rag.retrieve import Retriever
 

@@ -4,6 +4,8 @@ The paragraphs of XQuAD (labs.bench.xquad) are indexed in a temporary folder, an
 questions of the articles for training. Then questions of the articles for testing go to /v1/rag/query, for the base and for a
 tuned run: each of them as it is, and some again without the paragraph that answers them. These count as unanswerable, though
 another paragraph of the article may happen to hold the answer. What is found, without answers, is measured in labs.bench.rag.
+
+`reader_rows` makes rows of the articles for training, for a reader to be tuned before it is asked (`--learn`).
 """
 
 from __future__ import annotations
@@ -18,8 +20,10 @@ from typing import TYPE_CHECKING, Any
 
 from labs.ask import ask
 from labs.bench import xquad
+from labs.bench.rag_corpus import cache_folder
 from labs.bench.rag_sets import indexes_in, xquad_index
 from pipelines.errors import ConfigError
+from pipelines.rag.asked import Asked
 
 if TYPE_CHECKING:
     from pipelines.rag.abstention import Threshold
@@ -31,7 +35,8 @@ QUICK_UNANSWERABLE, FULL_UNANSWERABLE = 12, 50
 LEARNED_FROM, MOST_REFUSED = 300, 0.02  # training questions, and the share of them that may stay below the threshold
 SEED = 17
 REPLY_TOKENS = 64  # an accepted answer and its citation have fewer
-INDEX = "xquad"
+INDEX, ROWS_FILE = "xquad", "answers-rows.jsonl"
+WITHHELD = 0.25  # of the paragraphs, in rows for training
 KINDS, WHO_ABSTAINS = ("base", "tuned"), ("retrieval", "model")
 
 Progress = Callable[[str, int, int], None]
@@ -95,6 +100,26 @@ def bench_answers(run: Run, questions: int, unanswerable: int, progress: Progres
     return document
 
 
+def reader_rows(progress: Progress) -> Path:
+    """Write rows of the training articles, with passages as service shows them, and return the file; the same each time.
+
+    Raises:
+        DataError: the XQuAD file is absent.
+    """
+    from pipelines.tune import from_questions
+
+    with TemporaryDirectory() as folder, indexes_in(Path(folder) / "index"):
+        retriever, _, _ = xquad_index(Path(folder), progress)
+        sources = _sources()
+        asked = [Asked(q.question, sources[q.id], q.answers[0]) for q in _training_questions()]
+        made = from_questions.make(asked, retriever, retriever.config.top_k, WITHHELD, SEED,
+                                   lambda done, total: progress("rows", done, total))  # fmt: skip
+    path = cache_folder() / ROWS_FILE
+    path.parent.mkdir(parents=True, exist_ok=True)
+    from_questions.write(made.rows, path)
+    return path
+
+
 def queries(questions: int, unanswerable: int) -> list[Query]:
     """Return the same questions for testing each time: some as they are, and the first of them without their paragraph.
 
@@ -154,13 +179,17 @@ def _learned_threshold(retriever: Retriever, progress: Progress) -> Threshold:
     """Return a threshold of training questions, and keep it with the index."""
     from pipelines.rag import abstention
 
-    tested, sources = {q.id for q in xquad.test_questions(None)}, _sources()
-    training = [q for paragraph in xquad.paragraphs().values() for q in paragraph if q.id not in tested]
+    training, sources = _training_questions(), _sources()
     drawn = random.Random(SEED).sample(training, min(LEARNED_FROM, len(training)))
-    asked = [abstention.Asked(q.question, sources[q.id]) for q in drawn]
+    asked = [Asked(q.question, sources[q.id]) for q in drawn]
     learned = abstention.learn(retriever, asked, MOST_REFUSED, lambda done, total: progress("threshold", done, total))
     abstention.save(INDEX, learned)
     return learned
+
+
+def _training_questions() -> list[xquad.Question]:
+    tested = {q.id for q in xquad.test_questions(None)}
+    return [q for paragraph in xquad.paragraphs().values() for q in paragraph if q.id not in tested]
 
 
 def _sources() -> dict[str, str]:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from pipelines.runs import Run
 
 bench_app = typer.Typer(no_args_is_help=True, help="Measured comparisons. Example: llmlab bench tune --quick")
 
@@ -90,10 +93,13 @@ def answers(
     unanswerable: Annotated[
         int | None, typer.Option(min=1, help="How many are asked again without what answers them; 50 if not given.")
     ] = None,
+    learn: Annotated[
+        float | None, typer.Option(min=0.01, help="Tune a reader on the training articles first, for so many epochs.")
+    ] = None,
 ) -> None:
     """Measure answers from retrieved passages (XQuAD), base against tuned: quality, citations, abstention.
 
-    Examples: llmlab bench answers --quick; llmlab bench answers smollm2-135m --questions 200
+    Examples: llmlab bench answers --quick; llmlab bench answers --learn 2; llmlab bench answers smollm2-135m --questions 200
     """
     from labs.bench import answers as bench
     from labs.runs import tuned_run
@@ -101,7 +107,7 @@ def answers(
 
     asked = questions or (bench.QUICK_QUESTIONS if quick else bench.FULL_QUESTIONS)
     without = unanswerable or (bench.QUICK_UNANSWERABLE if quick else bench.FULL_UNANSWERABLE)
-    tuned = tuned_run(name, run)
+    tuned = _learned(name, learn) if learn else tuned_run(name, run)
     with CountScreen() as screen:
         document = bench.bench_answers(tuned, asked, without, screen.update, say)
     _show_answers(document)
@@ -127,6 +133,7 @@ def guard(
     json_line(document)
 
 
+@bench_app.command()
 def serve(
     name: Annotated[str, typer.Argument(help="A name from `llmlab models`.")] = "smollm2-135m",
     quick: Annotated[bool, typer.Option("--quick", help="Under 5 minutes: short turns, two loads, 200 mixed requests.")] = False,
@@ -232,6 +239,19 @@ def _show_serving(document: dict[str, Any]) -> None:
     table("Figures", ["what", "value"], [*figures, *document["leaked"].items()])
     for what, way in document["left_out"].items():
         say(f"left out: {what} ({way})")
+
+
+def _learned(name: str, epochs: float) -> Run:
+    """Return a run that has learned to read the training articles; it is kept among the user's runs."""
+    from labs.bench import answers as bench
+    from labs.screen import CountScreen, TuningScreen
+    from pipelines.tune.finetune import Job, finetune
+
+    with CountScreen() as screen:
+        rows = bench.reader_rows(screen.update)
+    settings = [f"data={rows}", f"schedule.epochs={epochs}", "schedule.steps=null"]
+    with TuningScreen() as watcher:
+        return finetune(Job(name, "lora", settings, pull=False), watcher)
 
 
 def _show_answers(document: dict[str, Any]) -> None:

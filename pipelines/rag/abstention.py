@@ -13,7 +13,6 @@ Run: llmlab index calibrate knowledge --questions questions.jsonl
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 from collections.abc import Callable, Sequence
@@ -23,6 +22,7 @@ from typing import TYPE_CHECKING
 
 from pipelines.errors import DataError
 from pipelines.rag import generation
+from pipelines.rag.asked import Asked, check_sources
 from pipelines.runs import disk_trouble_is_explained, write_text
 
 if TYPE_CHECKING:
@@ -32,19 +32,6 @@ if TYPE_CHECKING:
 FILE, FORMAT = "abstention.json", 1
 LOOKED_AT = 3  # passages
 FEWEST = 20  # questions of each kind
-
-
-@dataclass(frozen=True)
-class Asked:
-    """A question to learn from.
-
-    Attributes:
-        text: the question.
-        source: the document that answers it; None if no document does.
-    """
-
-    text: str
-    source: str | None
 
 
 @dataclass(frozen=True)
@@ -151,43 +138,15 @@ def learned_at(name: str) -> int | None:
         return None
 
 
-def read_questions(path: Path) -> list[Asked]:
-    """Read JSON lines `{"question": ..., "source": ...}`; no source, or null, says that no document holds the answer.
-
-    Raises:
-        DataError: the file cannot be read, or a line is something else; says which.
-    """
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read ({type(error).__name__})", "a file of JSON lines") from None
-    return [_question(path, number, line) for number, line in enumerate(lines, 1) if line.strip()]
-
-
-def _question(path: Path, number: int, line: str) -> Asked:
-    expected = """a line such as {"question": "Who made Phi-2?", "source": "phi-2.md"}"""
-    try:
-        row = json.loads(line)
-        found = Asked(row["question"], row.get("source"))
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        raise DataError(f"line {number} of {path} is {line[:80]!r}", expected) from None
-    if not isinstance(found.text, str) or not found.text.strip() or not isinstance(found.source, str | None):
-        raise DataError(f"line {number} of {path} is {line[:80]!r}", expected)
-    return found
-
-
 def _holds_for(index: Index, config: RagConfig) -> str:
     facts = [index.manifest["fingerprint"], index.manifest["docs"], config.dense_weight, config.candidates, config.stemmer]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
 def _check(retriever: Retriever, asked: Sequence[Asked]) -> None:
-    sources = sorted({chunk.source for chunk in retriever.index.chunks})
+    check_sources(asked, retriever.index)
     for one in asked:
         retriever.check(one.text, LOOKED_AT)
-        if one.source is not None and one.source not in sources:
-            near = difflib.get_close_matches(one.source, sources, n=3, cutoff=0.0)
-            raise DataError(f"no chunk is of the document {one.source!r}", f"a source of the index, such as {', '.join(near)}")
     there = sum(one.source is not None for one in asked)
     if there < FEWEST:
         raise DataError(f"{there} questions have a source", f"at least {FEWEST}, or the threshold says little")

@@ -131,7 +131,8 @@ def test_replies_are_those_of_generate() -> None:
 @pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="TRL is installed by make bench")
 @pytest.mark.skipif(not (xquad.data_folder() / xquad.FILE).is_file(), reason="no XQuAD file; LLMLAB_DATA names its folder")
 def test_quick_comparison_with_trl() -> None:
-    done = bench(None, "--quick")
+    compared = ("ours", "trl_default", "trl_tuned")
+    done = bench(None, "--quick", "--questions", "8", *(f"--contender={name}" for name in compared))
     assert done.returncode == 0, done.stderr
     document = json.loads(done.stdout.splitlines()[-1])
     assert document["ratio_to_trl_default"] >= 5

@@ -10,7 +10,8 @@ import pytest
 
 from pipelines.errors import DataError
 from pipelines.rag import abstention
-from pipelines.rag.abstention import Asked, kept, learn, read_questions, save
+from pipelines.rag.abstention import kept, learn, save
+from pipelines.rag.asked import Asked, read_questions
 from pipelines.rag.embed import Embedder
 from pipelines.rag.index import RagConfig, open_index, sync
 from pipelines.rag.lexical import Lexical
