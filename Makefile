@@ -115,8 +115,8 @@ test: lint ## lint and the tests; under 8 minutes after set-up
 bench-rag: .venv/dev .venv/chains ## measure retrieval: what is found, and what it costs (QUICK=1, CORPUS=/usr/share/doc)
 	@$(LLMLAB) bench rag $(if $(filter 1,$(QUICK)),--quick) $(if $(CORPUS),--corpus "$(CORPUS)")
 
-bench-answers: .venv/base ## measure answers from retrieved passages, base against the newest tuned MODEL (QUICK=1, RUN=)
-	@$(LLMLAB) bench answers $(MODEL) $(if $(filter 1,$(QUICK)),--quick) $(if $(RUN),--run $(RUN))
+bench-answers: .venv/base ## measure answers from retrieved passages, base against the newest tuned MODEL (QUICK=1, RUN=, LEARN=2 tunes one first)
+	@$(LLMLAB) bench answers $(MODEL) $(if $(filter 1,$(QUICK)),--quick) $(if $(RUN),--run $(RUN)) $(if $(LEARN),--learn $(LEARN))
 
 bench-serve: .venv/chains ## measure serving: llama.cpp itself, the gateway, transformers serve, vLLM if set up (QUICK=1, PLOT=serve.png, URL=http://...)
 	@$(LLMLAB) bench serve $(if $(URL),--url '$(URL)',$(MODEL) $(if $(filter 1,$(QUICK)),--quick) $(if $(PLOT),--plot '$(PLOT)'))
