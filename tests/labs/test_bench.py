@@ -126,7 +126,7 @@ def test_replies_are_those_of_generate() -> None:
             assert reply == tokenizer.decode(made[0, ids["input_ids"].shape[1] :], skip_special_tokens=True).strip()
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 @pytest.mark.timeout(900)
 @pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="TRL is installed by make bench")
 @pytest.mark.skipif(not (xquad.data_folder() / xquad.FILE).is_file(), reason="no XQuAD file; LLMLAB_DATA names its folder")
