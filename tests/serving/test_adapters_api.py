@@ -14,7 +14,7 @@ import pytest
 
 from pipelines.runs import Run
 from serving import launch
-from serving.admin import VARIABLE
+from serving.access import ADMIN_VARIABLE
 from serving.launch import Running, running
 from tests.serving.conftest import (
     MODEL,
@@ -36,12 +36,12 @@ CHAT = {"messages": [{"role": "user", "content": "Write the numbers from one to 
 @pytest.fixture
 def admin(lab: Running, tuned_run: Run) -> Iterator[httpx.Client]:
     with ExitStack() as stack:
-        stack.enter_context(environment(**{VARIABLE: "secret", "LLMLAB_RUNS": str(tuned_run.path.parents[2])}))
+        stack.enter_context(environment(**{ADMIN_VARIABLE: "secret", "LLMLAB_RUNS": str(tuned_run.path.parents[2])}))
         yield stack.enter_context(httpx.Client(base_url=lab.url, headers=KEY, trust_env=False, timeout=120))
 
 
 def test_only_the_admin_sees_and_changes_adapters(http: httpx.Client) -> None:
-    with environment(**{VARIABLE: "secret"}):
+    with environment(**{ADMIN_VARIABLE: "secret"}):
         for answer in (
             http.get("/v1/adapters"),
             http.post("/v1/adapters", json={"run": "latest"}),
@@ -155,7 +155,7 @@ def two_runs(tuned_run: Run, other_run: Run, tmp_path: Path) -> Path:
 
 @pytest.mark.slow
 def test_no_request_is_lost_while_adapters_come_and_go(tuned_run: Run, other_run: Run, two_runs: Path, index_root: Path) -> None:
-    values = {VARIABLE: "secret", "LLMLAB_RUNS": str(two_runs), "LLMLAB_INDEX": str(index_root)}
+    values = {ADMIN_VARIABLE: "secret", "LLMLAB_RUNS": str(two_runs), "LLMLAB_INDEX": str(index_root)}
     with ExitStack() as stack:
         stack.enter_context(environment(**values))
         lab = stack.enter_context(running(MODEL, serve_config(), adapter=tuned_run.id, say=lambda _: None))
@@ -197,7 +197,7 @@ def test_an_engine_that_does_not_start_changes_nothing(tmp_path: Path, tuned_run
     monkeypatch.setattr(launch.engines, "named", lambda _: engine)
     monkeypatch.setattr(launch, "WORK", tmp_path)
     with ExitStack() as stack:
-        values = {VARIABLE: "secret", "LLMLAB_RUNS": str(tuned_run.path.parents[2]), "LLMLAB_INDEX": str(tmp_path / "none")}
+        values = {ADMIN_VARIABLE: "secret", "LLMLAB_RUNS": str(tuned_run.path.parents[2]), "LLMLAB_INDEX": str(tmp_path / "none")}
         stack.enter_context(environment(**values))
         lab = stack.enter_context(running(MODEL, serve_config(), adapter="none", say=lambda _: None))
         admin = stack.enter_context(httpx.Client(base_url=lab.url, headers=KEY, trust_env=False, timeout=60))

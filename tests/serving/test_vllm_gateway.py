@@ -11,7 +11,7 @@ import pytest
 
 from pipelines.hardware import VLLM_PYTHON
 from pipelines.runs import Run
-from serving.admin import VARIABLE
+from serving.access import ADMIN_VARIABLE
 from serving.launch import Running, running
 from tests.serving.conftest import MODEL, TUNED, environment, serve_config, wait_until
 
@@ -21,7 +21,7 @@ CHAT = [{"role": "user", "content": "Write the numbers from one to ten."}]
 def check_adapters_come_and_go(served: Running, other_run: Run, answers: dict[str, str | None]) -> None:
     """Add one, put it in the place of the tuned one, and take it away, all in the running engine."""
     process, headers = served.service.supervisor._process, {"Authorization": "Bearer secret"}
-    values = {VARIABLE: "secret", "LLMLAB_RUNS": str(other_run.path.parents[2])}
+    values = {ADMIN_VARIABLE: "secret", "LLMLAB_RUNS": str(other_run.path.parents[2])}
     with environment(**values), httpx.Client(base_url=served.url, headers=headers, trust_env=False, timeout=300) as admin:
 
         def ask(name: str) -> httpx.Response:
