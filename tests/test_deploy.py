@@ -117,8 +117,11 @@ def test_nothing_runs_with_privileges() -> None:
 
 
 def test_secrets_are_only_referred_to() -> None:
-    plain = {entry["name"] for entry in CONTAINER["env"] if "value" in entry}
-    assert not [name for name in plain if re.search("KEY|TOKEN|PASSWORD|SECRET", name)]
+    plain = {entry["name"]: entry["value"] for entry in CONTAINER["env"] if "value" in entry}
+    secret = {name: value for name, value in plain.items() if re.search("KEY|TOKEN|PASSWORD|SECRET", name)}
+    mounts = {mount["name"]: mount for mount in CONTAINER["volumeMounts"]}
+    assert all(value.startswith(mounts["keys"]["mountPath"] + "/") for value in secret.values())  # a file, not what it holds
+    assert "secret" in next(volume for volume in POD["volumes"] if volume["name"] == "keys") and mounts["keys"]["readOnly"]
     assert "Secret" not in {read(name)["kind"] for name in KUSTOMIZATION["resources"]}
 
 

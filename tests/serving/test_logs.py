@@ -13,9 +13,12 @@ import pytest
 
 from pipelines.errors import NotWritable
 from serving import record
+from serving.access import Access
+from serving.drain import Drain
 from serving.edge import Edge
 from serving.logs import written
-from serving.settings import LogConfig
+from serving.rates import Rates
+from serving.settings import LogConfig, load_serve_config
 from serving.traces import NO_SPAN
 from tests.serving.conftest import MODEL, wait_until
 
@@ -39,7 +42,7 @@ def test_a_request_is_one_line(http: httpx.Client, tmp_path: Path) -> None:
     assert first["route"] == "/v1/chat/completions" and first["status"] == 200 and first["model"] == MODEL
     assert first["output_tokens"] == 3 and first["input_tokens"] > 3 and first["finish_reason"] == "length"
     assert 0 < first["ttft_seconds"] < first["seconds"] and "aborted" not in first
-    assert second["route"] == "/v1/models/{name}" and second["status"] == 404
+    assert second["route"] == "/v1/models/{name:path}" and second["status"] == 404
     assert refused.headers["X-Request-Id"] == second["id"] == refused.json()["request_id"] != "bad id" + "x" * 99
     assert "secret word" not in "".join(lines) and "hidden" not in "".join(lines)
 
@@ -80,7 +83,8 @@ def test_an_unexpected_error_has_the_id_of_its_request(tmp_path: Path) -> None:
         raise RuntimeError("out of order")
 
     async def ask() -> httpx.Response:
-        transport = httpx.ASGITransport(Edge(broken, lambda _: 1000))
+        access = Access(None, "127.0.0.1", Rates(tmp_path / "spent.sqlite"))
+        transport = httpx.ASGITransport(Edge(broken, lambda _: 1000, access, Drain(1), load_serve_config().connections))
         async with httpx.AsyncClient(transport=transport, base_url="http://lab") as client:
             return await client.get("/healthz", headers={"X-Request-Id": "r-42"})
 
