@@ -31,7 +31,7 @@ NO_DATA = pytest.mark.skipif(
 
 
 @NO_DATA
-@pytest.mark.slow
+@pytest.mark.campaign
 @pytest.mark.timeout(600)
 def test_the_bench_measures_quality_and_cost() -> None:
     done = subprocess.run([sys.executable, "-m", "labs", "bench", "rag", "--vectors", "20000"], cwd=ROOT, env=os.environ,
