@@ -149,6 +149,7 @@ def _supervisor(model: Model, config: ServeConfig, choice: Choice, run: Run | No
         gpu=bool(machine.gpus) and choice.choice == "vllm",
         work=WORK / f"{choice.choice}-{port}",
         gpu_memory_share=_gpu_memory_share(config, machine),
+        speculation=config.speculation,
     )
     set_engine(choice.choice, choice.reason)
     return Supervisor(engine, launch, config.startup_seconds, config.restart)

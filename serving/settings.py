@@ -42,6 +42,7 @@ class ServeConfig(Config):
     context_tokens: int = Field(ge=256)
     slots: Slots
     gpu_memory_share: float = Field(gt=0, le=1, description="of a GPU's memory, for weights and cache of vLLM")
+    speculation: bool = Field(description="let llama.cpp guess tokens from the text before")
     max_k: int = Field(ge=1, le=50, description="the retriever gives no more than 50 passages")
     max_question_chars: int = Field(ge=1)
     max_body_bytes: int = Field(ge=1024)

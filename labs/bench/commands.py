@@ -153,6 +153,34 @@ def serve(
     json_line(document)
 
 
+@bench_app.command()
+def parity(
+    name: Annotated[str, typer.Argument(help="A name from `llmlab models`.")] = "smollm2-135m",
+    run: Annotated[str | None, typer.Option(help="Id of an export run, to take in place of the base.")] = None,
+    quantisation: Annotated[list[str] | None, typer.Option(help="f16, q8_0 and q4_1 if not given; several times.")] = None,
+    prompts: Annotated[int | None, typer.Option(min=1, help="How many of the golden prompts; all if not given.")] = None,
+) -> None:
+    """Measure what a quantisation costs: transformers in float32 against llama.cpp and vLLM, on golden prompts.
+
+    Examples: llmlab bench parity; llmlab bench parity --quantisation q8_0 --quantisation q4_k
+    """
+    from labs.bench import parity as bench
+    from labs.screen import CountScreen, json_line, say, table
+    from pipelines import runs
+    from pipelines.export import quantise
+
+    for each in quantisation or ():
+        quantise.check(each)
+    with CountScreen() as screen:
+        document = bench.bench_parity(name, runs.find(run) if run else None, quantisation or bench.QUANTISATIONS, prompts,
+                                      screen.update)  # fmt: skip
+    columns = list(dict.fromkeys(key for form in document["forms"].values() for key in form))
+    rows = [(of, *("-" if form.get(c) is None else form[c] for c in columns)) for of, form in document["forms"].items()]
+    table(f"Against transformers in float32, {document['prompts']} prompts", ["form", *columns], rows)
+    say(f"recommended: {document['recommended']}")
+    json_line(document)
+
+
 def _show_load(document: dict[str, Any]) -> None:
     from labs.screen import table
 

@@ -3,6 +3,7 @@
     labs.bench.serve_load         requests, at the times of a Poisson process or in so many streams
     labs.bench.serve_figures      figures of them, in the terms of vLLM's benchmark
     labs.bench.serve_contenders   the servers: llama.cpp itself, our gateway before it, `transformers serve`, vLLM
+    labs.bench.serve_speculation  what guessing tokens from the prompt brings
     labs.bench.serve_mixed        many mixed requests with clients that leave, and what is left of them
 
 Here is what is measured in which order. The machine may be busy with other things, so contenders that are compared take
@@ -26,6 +27,7 @@ from labs.bench.serve_contenders import ENGINE, GATEWAY, TRANSFORMERS, VLLM, Ser
 from labs.bench.serve_figures import Limits, percentiles, summary, tokens_within
 from labs.bench.serve_load import RAG_PATH, Outcome, Target, client, closed_loop, open_loop, send, story
 from labs.bench.serve_mixed import mixed
+from labs.bench.serve_speculation import speculation
 from pipelines import catalogue
 from pipelines.config import ROOT, unknown
 from pipelines.errors import EngineError
@@ -112,24 +114,27 @@ def bench_serve(
             targets[VLLM] = stack.enter_context(vllm(entry, place / "vllm"))
         say(f"{', '.join(targets)} are up")
         document = asyncio.run(_measured(served, targets, sizes, progress))
-    return {"model": model, "slots": served.slots, **document, "left_out": left_out}
+    with TemporaryDirectory() as folder:
+        guessed = speculation(entry, sizes.documents, Path(folder), progress)
+    return {"model": model, "slots": served.slots, **document, **guessed, "left_out": left_out}
 
 
 async def _measured(served: Served, targets: Mapping[str, Target], sizes: Sizes, progress: Progress) -> dict[str, Any]:
     for target in targets.values():
         await _warm_up(target)
     by_streams = await throughput(targets, sizes, progress)
-    ratios = {streams: by_streams[GATEWAY][streams] / by_streams[ENGINE][streams] for streams in by_streams[GATEWAY]}
+    ratios = {streams: _ratio(by_streams[GATEWAY][streams], engine) for streams, engine in by_streams[ENGINE].items()}
+    known = [ratio for ratio in ratios.values() if ratio is not None]
     first = await first_tokens(served, sizes.pairs, progress)
     rag = await questions_again(served.gateway, sizes.documents, progress)
     loads = await under_load(served, sizes, progress)
     left = await mixed(served, sizes.requests, progress)
     rated, over = loads[str(RATED)], loads[str(OVERLOAD)]
-    peer = by_streams.get(TRANSFORMERS, {}).get("1")
+    peer = by_streams.get(TRANSFORMERS, {}).get("1")  # None: it took no part
     return {
         "tokens_per_second": by_streams,
-        "tokens_ratio_to_engine": sum(ratios.values()) / len(ratios), "tokens_ratio_to_engine_by_streams": ratios,
-        **first, "ratio_to_transformers_serve": by_streams[GATEWAY]["1"] / peer if peer else None, **rag,
+        "tokens_ratio_to_engine": _ratio(sum(known), len(known)), "tokens_ratio_to_engine_by_streams": ratios,
+        **first, "ratio_to_transformers_serve": _ratio(by_streams[GATEWAY]["1"], peer), **rag,
         "loads": loads, "overload_p99_ratio": _ratio(over["ttft_seconds"]["p99"], rated["ttft_seconds"]["p99"]),
         "refused_seconds_p99": over["refused_seconds"]["p99"],
         "server_errors": left["server_errors"] + sum(of["server_errors"] for of in loads.values()),
@@ -253,8 +258,10 @@ def _index(folder: Path, progress: Progress) -> None:
     from pipelines.rag.index import RagConfig, sync
 
     config = load(named("rag", "default"), RagConfig)
+    progress("index", 0, 1)
     with indexes_in(folder / "index"):
-        sync(ROOT / "labs" / "knowledge", "knowledge", config, load_embedder(config.embedder), progress)
+        sync(ROOT / "labs" / "knowledge", "knowledge", config, load_embedder(config.embedder))
+    progress("index", 1, 1)
 
 
 def _question(document: str, text: str) -> dict[str, Any]:

@@ -30,6 +30,8 @@ from pipelines.hardware import OPENMP_ENVIRONMENT, vllm_is_installed
 if TYPE_CHECKING:
     import psutil
 
+    from serving.engines.contract import Engine, Launch
+
 ENGINE, GATEWAY, TRANSFORMERS, VLLM = "engine", "gateway", "transformers_serve", "vllm"
 HOST = "127.0.0.1"
 START_SECONDS, GRACE_SECONDS = 300.0, 20.0
@@ -100,21 +102,34 @@ def transformers_serve(model: Model, log: Path) -> Iterator[Target]:
 @contextmanager
 def vllm(model: Model, work: Path) -> Iterator[Target]:
     """Serve a model by vLLM, started as the gateway would start it."""
+    from serving.engines.vllm import Vllm
+    from serving.settings import load_serve_config
+
+    config, engine = load_serve_config(), Vllm()
+    base = engine.base_path(model, False, print)
+    with alone(engine, model.name, base, work, config.context_tokens, config.slots.vllm) as launch:
+        yield Target(launch.url, model.name)
+
+
+@contextmanager
+def alone(
+    engine: Engine, name: str, base: Path, work: Path, context_tokens: int, slots: int, *, speculation: bool = False
+) -> Iterator[Launch]:
+    """Run an engine as the gateway would, without one; the arguments are those of `serving.engines.contract.Launch`."""
     from pipelines.hardware import probe
     from serving.address import check_free
     from serving.engines.contract import Launch
-    from serving.engines.vllm import Vllm
     from serving.settings import load_serve_config
     from serving.supervisor import Supervisor
 
-    config, engine, port, machine = load_serve_config(), Vllm(), check_free(HOST, 0, ""), probe()
-    launch = Launch(model.name, engine.base_path(model, False, print), None, HOST, port, config.context_tokens, config.slots.vllm,
-                    machine.cpus, bool(machine.gpus), work)  # fmt: skip
+    config, machine, port = load_serve_config(), probe(), check_free(HOST, 0, "")
+    gpu = engine.name == VLLM and bool(machine.gpus)
+    launch = Launch(name, base, None, HOST, port, context_tokens, slots, machine.cpus, gpu, work, speculation=speculation)
     supervisor = Supervisor(engine, launch, config.startup_seconds, config.restart)
     try:
         supervisor.spawn()
         supervisor.await_health()
-        yield Target(launch.url, model.name)
+        yield launch
     finally:
         supervisor.stop()
 

@@ -106,7 +106,8 @@ async def client(target: Target) -> AsyncIterator[httpx.AsyncClient]:
 
     headers = {"Authorization": f"Bearer {target.key}"} if target.key else {}
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
-    async with httpx.AsyncClient(base_url=target.url, headers=headers, limits=limits, timeout=SILENCE_SECONDS,
+    verify = target.url.startswith("https:")  # or certificates would be read for nothing
+    async with httpx.AsyncClient(base_url=target.url, headers=headers, limits=limits, timeout=SILENCE_SECONDS, verify=verify,
                                  trust_env=False) as made:  # fmt: skip
         yield made
 
@@ -174,9 +175,8 @@ async def open_loop(target: Target, bodies: Iterable[dict[str, Any]], rate: floa
         rate: requests a second on the mean; infinite sends all at once.
         seed: of the times.
     """
-    began = asyncio.get_running_loop().time()
     async with client(target) as http, asyncio.TaskGroup() as group:
-        tasks = []
+        began, tasks = asyncio.get_running_loop().time(), []
         for due, body in zip(arrivals(rate, seed), bodies, strict=False):
             await asyncio.sleep(began + due - asyncio.get_running_loop().time())
             tasks.append(group.create_task(send(http, target, body)))

@@ -50,6 +50,7 @@ class Launch:
         gpu: True to generate on a GPU.
         gpu_memory_share: of the GPU's memory, that the engine may fill; 0..1.
         work: folder for the engine's log; its working directory.
+        speculation: True to guess what comes next from what the prompt says, where the engine can.
     """
 
     model: str
@@ -63,6 +64,7 @@ class Launch:
     gpu: bool
     work: Path
     gpu_memory_share: float = 0.9
+    speculation: bool = False
 
     @property
     def url(self) -> str:

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     import httpx
 
 PROMPT_CACHE_MIB = 256  # llama.cpp keeps old prompts in memory, 8 GiB of them if it may: 9 GB after a thousand short requests
+# After so many tokens that stand in the text before, the next so many are guessed to be the same; all are then computed at once.
+GUESS_AFTER_TOKENS, GUESSED_TOKENS = 3, 4
 NO_MEMORY = ("failed to allocate", "unable to allocate", "std::bad_alloc")
 WARNINGS_ONLY = 2  # llama.cpp logs each request at 3
 
@@ -51,7 +53,7 @@ class LlamaCpp:
         options = {
             "--model": launch.base, "--alias": launch.model, "--host": launch.host, "--port": launch.port,
             "--context-tokens": launch.context_tokens, "--slots": launch.slots, "--threads": launch.threads,
-            "--gpu-layers": -1 if launch.gpu else 0,
+            "--gpu-layers": -1 if launch.gpu else 0, "--speculation": int(launch.speculation),
         }  # fmt: skip
         if launch.adapter:
             options["--lora"] = launch.adapter.gguf
@@ -105,7 +107,7 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="llama.cpp's HTTP server")
     for name in ("--model", "--alias", "--host", "--lora"):
         parser.add_argument(name, default="")
-    for name in ("--port", "--context-tokens", "--slots", "--threads", "--gpu-layers"):
+    for name in ("--port", "--context-tokens", "--slots", "--threads", "--gpu-layers", "--speculation"):
         parser.add_argument(name, type=int, required=True)
     return parser.parse_args()
 
@@ -125,6 +127,10 @@ def _parameters(options: argparse.Namespace) -> Any:
     parameters.cache_ram_mib = PROMPT_CACHE_MIB
     parameters.cors_origins = f"http://{options.host}:{options.port}"  # or any web page could call it from a browser
     parameters.verbosity = WARNINGS_ONLY
+    if options.speculation:
+        parameters.speculative.types = [xllamacpp.common_speculative_type.COMMON_SPECULATIVE_TYPE_NGRAM_SIMPLE]
+        ngram = parameters.speculative.ngram_simple
+        ngram.size_n, ngram.size_m = GUESS_AFTER_TOKENS, GUESSED_TOKENS
     if options.lora:
         lora = xllamacpp.CommonAdapterLoraInfo()
         lora.path, lora.scale = options.lora, 1.0
