@@ -176,7 +176,8 @@ def parity(
                                       screen.update)  # fmt: skip
     columns = list(dict.fromkeys(key for form in document["forms"].values() for key in form))
     rows = [(of, *("-" if form.get(c) is None else form[c] for c in columns)) for of, form in document["forms"].items()]
-    table(f"Against transformers in float32, {document['prompts']} prompts", ["form", *columns], rows)
+    shown = ["form", *(column.replace("_", " ") for column in columns)]
+    table(f"Against transformers in float32, {document['prompts']} prompts", shown, rows)
     say(f"recommended: {document['recommended']}")
     json_line(document)
 

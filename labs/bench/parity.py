@@ -16,6 +16,7 @@ which rounds what goes into such a matrix to 8 bits; for what rounding weights c
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -46,7 +47,7 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Reply:
-    """Token ids of a reply, their log-probabilities, and the seconds that it took."""
+    """Token ids of a reply, their log-probabilities (NaN where the engine tells none), and the seconds that it took."""
 
     tokens: list[int]
     logprobs: list[float]
@@ -210,8 +211,9 @@ def _sameness(given: Sequence[Reply], reference: Reference) -> dict[str, Any]:
     pairs = list(zip(given, reference.replies, strict=True))
     same = [beginning(reply.tokens, wanted.tokens) for reply, wanted in pairs]
     whole = [reply.tokens == wanted.tokens for reply, wanted in pairs]
-    gaps = [abs(a - b) for n, (reply, wanted) in zip(same, pairs, strict=True)
+    both = [(a, b) for n, (reply, wanted) in zip(same, pairs, strict=True)
             for a, b in zip(reply.logprobs[:n], wanted.logprobs[:n], strict=True)]  # fmt: skip
+    gaps = [abs(a - b) for a, b in both if not math.isnan(a)]
     return {
         "logprob_gap": sum(gaps) / len(gaps) if gaps else None,
         "equal_tokens": sum(same) / max(1, sum(len(wanted.tokens) for _, wanted in pairs)),
@@ -233,11 +235,20 @@ def _reply(engine: Engine, launch: Launch, prompt: Sequence[int], end: int) -> R
         choice = reply.raise_for_status().json()["choices"][0]
         tokens, logprobs = choice["token_ids"], choice["logprobs"]["token_logprobs"]
     else:
-        body = {"prompt": prompt, "n_predict": REPLY_TOKENS, "temperature": 0, "n_probs": 1, "cache_prompt": False}
+        body = {"prompt": prompt, "n_predict": REPLY_TOKENS, "temperature": 0, "n_probs": 1, "return_tokens": True,
+                "cache_prompt": False}  # fmt: skip
         reply = httpx.post(f"{launch.url}/completion", json=body, timeout=REPLY_SECONDS, trust_env=False)
-        places = reply.raise_for_status().json()["completion_probabilities"]
-        tokens, logprobs = [place["id"] for place in places], [place["logprob"] for place in places]
+        content = reply.raise_for_status().json()
+        tokens, logprobs = content["tokens"], aligned(content["tokens"], content["completion_probabilities"])
     return Reply(_without(end, tokens), logprobs, time.perf_counter() - began)
+
+
+def aligned(tokens: Sequence[int], places: Sequence[Mapping[str, Any]]) -> list[float]:
+    """Return the log-probability of each token; NaN for one that llama.cpp left out, as it does within a character of several."""
+    logprobs, left = [], list(places)
+    for token in tokens:
+        logprobs.append(float(left.pop(0)["logprob"]) if left and left[0]["id"] == token else math.nan)
+    return logprobs
 
 
 def _without(end: int, tokens: list[int]) -> list[int]:

@@ -8,9 +8,10 @@ import subprocess
 import sys
 from typing import Any
 
+import numpy as np
 import pytest
 
-from labs.bench.parity import ALLOWED_KL, beginning, recommended
+from labs.bench.parity import ALLOWED_KL, aligned, beginning, recommended
 from pipelines.config import ROOT
 from tests.conftest import MODEL
 
@@ -25,6 +26,12 @@ def bench(*options: str) -> subprocess.CompletedProcess[str]:
 )
 def test_replies_are_the_same_up_to_their_first_difference(one: list[int], other: list[int], same: int) -> None:
     assert beginning(one, other) == beginning(other, one) == same
+
+
+def test_tokens_that_the_engine_tells_nothing_of_have_no_log_probability() -> None:
+    places = [{"id": 5, "logprob": -1.0}, {"id": 5, "logprob": -2.0}, {"id": 9, "logprob": -3.0}]
+    np.testing.assert_equal(aligned([5, 7, 8, 5, 9, 4], places), [-1.0, np.nan, np.nan, -2.0, -3.0, np.nan])
+    assert np.isnan(aligned([1], [])).all()
 
 
 def test_the_fastest_of_those_that_lose_little_is_recommended() -> None:
