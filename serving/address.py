@@ -23,10 +23,10 @@ def listen(host: str, port: int, option: str) -> socket.socket:
         ConfigError: the address is not one of this machine, or the port is reserved.
     """
     try:
-        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
     except (OSError, UnicodeError) as error:
         raise ConfigError(f"{host!r} is not an address ({error})", "an address of this machine", "--set host=127.0.0.1") from None
-    taken = socket.socket(family, kind)
+    taken = socket.socket(family, kind, protocol)  # asyncio sends at once (TCP_NODELAY) only what says that it is TCP
     taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         taken.bind(address)

@@ -24,6 +24,7 @@ SEED = 29
 AT_ONCE = 8
 WARM_UP_SHARE = 0.2  # of the requests, before memory and files are counted for the first time
 SETTLE_SECONDS = 20.0
+IDLE_SECONDS = 5.0  # after which connections that are kept for a next request are closed
 REPLY_TOKENS = 6
 LONGEST_WAIT_SECONDS = 0.4  # of a client that leaves
 FAULTY: tuple[dict[str, Any], ...] = (
@@ -119,7 +120,7 @@ async def _settled(http: httpx.AsyncClient, served: Served) -> State:
     while True:
         state = await _state(http, served)
         if state.slots == 0 or time.monotonic() > deadline:
-            await asyncio.sleep(1.0)  # connections that were left are closed by now
+            await asyncio.sleep(IDLE_SECONDS)
             return await _state(http, served)
         await asyncio.sleep(0.2)
 

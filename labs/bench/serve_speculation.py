@@ -1,7 +1,7 @@
 """What guessing tokens from the prompt brings to answers that repeat it: two llama.cpp engines, with it and without, in turns.
 
-The questions ask for a sentence of a passage word for word, in the prompt that the reader has in service. With greedy search
-guesses may change the speed only, so the replies are compared too.
+The questions ask for a passage word for word, in the prompt that the reader has in service. Guesses should change the speed
+only, but several tokens at once are computed in another order than one by one, so the replies are compared too.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import shutil
 import signal
@@ -27,6 +28,7 @@ from pipelines.errors import (
 from pipelines.hardware import Gpu, Machine
 from pipelines.runs import Run
 from serving import launch
+from serving.address import listen
 from serving.launch import Running, running
 from tests.serving.conftest import (
     MODEL,
@@ -107,6 +109,26 @@ def test_a_taken_port_names_its_owner() -> None:
                 start("none", override, runs=Path("none"))
             assert f"127.0.0.1:{port}" in caught.value.came and "process" in caught.value.came
             assert way_on in caught.value.next_command
+
+
+def test_connections_send_at_once() -> None:
+    """Without TCP_NODELAY the end of each answer, and tokens that come fast, waited 40 ms for the client's acknowledgement."""
+
+    async def accepted() -> int:
+        options: list[int] = []
+
+        def connected(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            options.append(writer.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+            writer.close()
+
+        address = listen("127.0.0.1", 0, "")
+        async with await asyncio.start_server(connected, sock=address):
+            reader, writer = await asyncio.open_connection(*address.getsockname())
+            await reader.read()
+            writer.close()
+        return options[0]
+
+    assert asyncio.run(accepted())
 
 
 @pytest.mark.parametrize(("override", "words"), [("host=nowhere.invalid", "not an address"), ("host=192.0.2.1", "cannot be")])
