@@ -159,6 +159,7 @@ def parity(
     run: Annotated[str | None, typer.Option(help="Id of an export run, to take in place of the base.")] = None,
     quantisation: Annotated[list[str] | None, typer.Option(help="f16, q8_0 and q4_1 if not given; several times.")] = None,
     prompts: Annotated[int | None, typer.Option(min=1, help="How many of the golden prompts; all if not given.")] = None,
+    with_vllm: Annotated[bool, typer.Option("--vllm/--no-vllm", help="Ask vLLM too, where it is installed.")] = True,
 ) -> None:
     """Measure what a quantisation costs: transformers in float32 against llama.cpp and vLLM, on golden prompts.
 
@@ -173,7 +174,7 @@ def parity(
         quantise.check(each)
     with CountScreen() as screen:
         document = bench.bench_parity(name, runs.find(run) if run else None, quantisation or bench.QUANTISATIONS, prompts,
-                                      screen.update)  # fmt: skip
+                                      screen.update, with_vllm=with_vllm)  # fmt: skip
     columns = list(dict.fromkeys(key for form in document["forms"].values() for key in form))
     rows = [(of, *("-" if form.get(c) is None else form[c] for c in columns)) for of, form in document["forms"].items()]
     shown = ["form", *(column.replace("_", " ") for column in columns)]

@@ -74,7 +74,7 @@ class Reference:
 
 
 def bench_parity(
-    model: str, run: Run | None, quantisations: Sequence[str], prompts: int | None, progress: Progress
+    model: str, run: Run | None, quantisations: Sequence[str], prompts: int | None, progress: Progress, *, with_vllm: bool
 ) -> dict[str, Any]:
     """Return the document of a run.
 
@@ -84,6 +84,7 @@ def bench_parity(
         quantisations: of `pipelines.export.quantise.choices`.
         prompts: how many; all for None.
         progress: is told (stage, done, total).
+        with_vllm: ask vLLM too, if it is installed.
 
     Raises:
         LabError: the weights are not here, or a file cannot be made or run.
@@ -103,11 +104,13 @@ def bench_parity(
             progress("distributions", done, len(files))
             found[name] = {"bytes": file.stat().st_size, **_distance(reference, of_llamacpp(file, reference.places))}
         progress("distributions", len(files), len(files))
-        _add_replies(found, reference, files, folder, Path(scratch), progress)
+        bases = {**files, VLLM: folder} if with_vllm and vllm_is_installed() else files
+        _add_replies(found, reference, bases, Path(scratch), progress)
+    left_out = {} if VLLM in found else {VLLM: "not asked for" if vllm_is_installed() else "make setup-vllm"}
     return {
         "model": model, "run": run.id if run else None, "prompts": len(reference.prompts), "places": len(reference.places),
         "reference_bytes": sum(path.stat().st_size for path in folder.glob("*.safetensors")), "forms": found,
-        "recommended": recommended(found), "left_out": {} if vllm_is_installed() else {VLLM: "make setup-vllm"},
+        "recommended": recommended(found), "left_out": left_out,
     }  # fmt: skip
 
 
@@ -182,12 +185,7 @@ def _distance(reference: Reference, table: Any) -> dict[str, Any]:
 
 
 def _add_replies(
-    found: dict[str, dict[str, Any]],
-    reference: Reference,
-    files: Mapping[str, Path],
-    folder: Path,
-    scratch: Path,
-    progress: Progress,
+    found: dict[str, dict[str, Any]], reference: Reference, bases: Mapping[str, Path], scratch: Path, progress: Progress
 ) -> None:
     """Ask all engines for replies, prompt by prompt in turns, and add what is the same and how fast they were."""
     from serving.engines.llamacpp import LlamaCpp
@@ -196,7 +194,7 @@ def _add_replies(
     replies: dict[str, list[Reply]] = {}
     with ExitStack() as stack:
         engines: dict[str, tuple[Engine, Launch]] = {}
-        for name, base in {**files, **({VLLM: folder} if vllm_is_installed() else {})}.items():
+        for name, base in bases.items():
             engine: Engine = Vllm() if name == VLLM else LlamaCpp()
             engines[name] = engine, stack.enter_context(alone(engine, name, base, scratch / f"work-{name}", CONTEXT_TOKENS, 1))
         for done, prompt in enumerate(reference.prompts, 1):

@@ -36,6 +36,7 @@ CONTENDERS = (ENGINE, GATEWAY, TRANSFORMERS, VLLM)
 STREAMS = (1, 8, 32)
 REPLY_TOKENS, SHORT_REPLY_TOKENS = 64, 16
 RATED_SHARE = 0.9  # of the requests a second that the engine's tokens a second make, with all slots busy
+RATING_SECONDS = 5.0  # at least, so that prompts are read and replies come
 RATED, OVERLOAD = 1.0, 3.0
 LOADS_SEED = 7
 QUESTIONS = ("What is the licence of {}?", "Who developed {}?")
@@ -199,7 +200,7 @@ async def under_load(served: Served, sizes: Sizes, progress: Progress) -> dict[s
     Raises:
         EngineError: the engine gave no token while the load was to be rated.
     """
-    seconds = sizes.load_seconds / 2
+    seconds = max(sizes.load_seconds / 2, RATING_SECONDS)
     alone = await closed_loop(served.engine, partial(story, SHORT_REPLY_TOKENS), served.slots, seconds)
     rate = RATED_SHARE * tokens_within(alone, seconds) / seconds / SHORT_REPLY_TOKENS
     if not rate:

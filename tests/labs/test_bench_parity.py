@@ -51,11 +51,11 @@ def test_the_fastest_of_those_that_lose_little_is_recommended() -> None:
 
 @pytest.mark.slow
 def test_packaged_weights_lose_little_in_the_engine() -> None:
-    done = bench(MODEL, "--prompts", "2", "--quantisation", "q8_0", "--quantisation", "q4_1")
+    done = bench(MODEL, "--no-vllm", "--prompts", "1", "--quantisation", "q8_0", "--quantisation", "q4_1")
     assert done.returncode == 0, done.stderr
     document: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     eight, four = document["forms"]["q8_0"], document["forms"]["q4_1"]
-    assert document["prompts"] == 2 and 2 <= document["places"] <= 6
+    assert document["prompts"] == 1 and 1 <= document["places"] <= 3 and "vllm" in document["left_out"]
     assert 0 <= eight["kl_mean"] < 0.05 and 0 <= four["kl_mean"] < 0.5
     assert four["bytes"] < eight["bytes"] < document["reference_bytes"]
     for form in (eight, four):

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from labs.bench.serve import chosen
+from labs.bench.serve import OVERLOAD, RATED, Sizes, bench_serve, chosen, draw
 from labs.bench.serve_figures import Limits, percentiles, summary, tokens_within
 from labs.bench.serve_load import Outcome, Target, arrivals, client, closed_loop, open_loop, send, story
 from pipelines.config import ROOT
@@ -215,18 +215,17 @@ def test_a_contender_must_exist() -> None:
 
 @pytest.mark.slow
 def test_engine_and_gateway_are_measured(tmp_path: Path) -> None:
-    done = bench(
-        MODEL, "--quick", "--contender", "gateway", "--seconds", "1.5", "--requests", "30", "--plot", str(tmp_path / "s.png")
-    )
-    assert done.returncode == 0, done.stderr
-    document: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    sizes = Sizes(1.5, 1, 3, 1, (RATED, OVERLOAD), 2.0, 16)
+    document = bench_serve(MODEL, sizes, ["gateway"], lambda *_: None, lambda _: None)
     assert set(document["tokens_per_second"]) == {"engine", "gateway"} and set(document["left_out"]) == {
         "transformers_serve",
         "vllm",
     }
-    assert all(rate > 0 for of in document["tokens_per_second"].values() for rate in of.values())
+    assert document["tokens_per_second"]["engine"]["1"] > 0 and document["tokens_per_second"]["gateway"]["1"] > 0
     assert document["ratio_to_transformers_serve"] is None
-    assert document["leaked"]["slots"] == 0 and document["server_errors"] == 0
+    assert document["leaked"]["slots"] == 0 and document["server_errors"] == 0 and document["mixed"]["requests"] == 16
     assert 0 < document["warm_ttft_ratio"] < 0.5
     assert document["speculation_ratio"] > 0 and 0 <= document["speculation_equal_replies"] <= 1
+    draw(document, tmp_path / "s.png")
     assert (tmp_path / "s.png").read_bytes().startswith(b"\x89PNG")
+    json.dumps(document)
