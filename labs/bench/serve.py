@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -151,6 +152,7 @@ async def throughput(targets: Mapping[str, Target], sizes: Sizes, progress: Prog
         tokens = dict.fromkeys(targets, 0)
         for turn in range(sizes.turns):
             for name in list(targets)[:: -1 if turn % 2 else 1]:
+                await _warm_up(targets[name])  # what the turn before left behind is done with
                 outcomes = await closed_loop(targets[name], partial(story, REPLY_TOKENS), streams, sizes.window_seconds)
                 tokens[name] += tokens_within(outcomes, sizes.window_seconds)
                 done += 1
@@ -260,15 +262,18 @@ def draw(document: Mapping[str, Any], path: Path) -> None:
 
 
 def _index(folder: Path, progress: Progress) -> None:
-    """Index the pages of labs/knowledge below a folder."""
+    """Index the pages that are asked about below a folder."""
     from pipelines.config import load, named
     from pipelines.rag.embed import load_embedder
     from pipelines.rag.index import RagConfig, sync
 
     config = load(named("rag", "default"), RagConfig)
     progress("index", 0, 1)
+    (folder / "pages").mkdir()
+    for name in DOCUMENTS:
+        shutil.copy(ROOT / "labs" / "knowledge" / f"{name}.md", folder / "pages")
     with indexes_in(folder / "index"):
-        sync(ROOT / "labs" / "knowledge", "knowledge", config, load_embedder(config.embedder))
+        sync(folder / "pages", "knowledge", config, load_embedder(config.embedder))
     progress("index", 1, 1)
 
 

@@ -1,7 +1,7 @@
 """The servers of `llmlab bench serve`, each in a process of its own on loopback, gone when its block ends.
 
     engine              llama.cpp, the very process that answers behind the gateway, asked directly
-    gateway             `llmlab serve`, base only, with an index of the pages in labs/knowledge
+    gateway             `llmlab serve`, base only, with an index of some pages of labs/knowledge
     transformers_serve  the server that comes with transformers, in float32, as it is by default
     vllm                vLLM from `.venv-vllm`
 
