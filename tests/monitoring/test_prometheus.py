@@ -246,6 +246,9 @@ def serve_one_question() -> None:
     metrics.RAG_TOP_SCORE.observe(0.7)
     metrics.RAG_CITATIONS.labels(valid="yes").inc()
     metrics.ADAPTER_CHANGES.labels(change="add", outcome="ok").inc()
+    metrics.ADMISSION_WAIT.observe(0.1)
+    for stage in metrics.GUARD_STAGES:
+        metrics.GUARD_DURATION.labels(stage=stage).observe(0.002)
 
 
 @pytest.mark.slow
