@@ -236,7 +236,10 @@ def environment_of(tmp_path: Path) -> dict[str, str]:
     return python_path() | {"LLMLAB_INDEX": str(tmp_path), "LLMLAB_RUNS": str(tmp_path)}
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+SLOWER = [pytest.param(number, marks=pytest.mark.slow) for number in (signal.SIGINT, signal.SIGTERM)]
+
+
+@pytest.mark.parametrize("number", [*SLOWER, signal.SIGKILL])
 def test_nothing_is_left_running(tmp_path: Path, number: signal.Signals) -> None:
     process, lines, others = serving_process(tmp_path)
     assert len(others) == 2, "the leash and the engine"
