@@ -194,7 +194,8 @@ def test_escape_stops_a_chat_and_the_passport_is_shown(open_page: Callable[..., 
     page.get_by_label("Model or adapter").select_option(TUNED)
     page.locator("#passport-open").click()
     passport = page.locator("#passport").text_content()
-    assert lab.service.run and lab.service.run.id in passport and lab.service.run.fingerprint in passport
+    run = lab.service.run_of(TUNED)
+    assert run and run.id in passport and run.fingerprint in passport
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
