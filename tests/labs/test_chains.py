@@ -22,9 +22,9 @@ def prompts(lab: Running, monkeypatch: pytest.MonkeyPatch) -> list[Any]:  # noqa
     seen: list[Any] = []
     original = type(lab.service.upstream).complete
 
-    async def complete(self: Any, body: Any) -> Any:
+    async def complete(self: Any, body: Any, *path: str) -> Any:
         seen.append(body["messages"])
-        return await original(self, body)
+        return await original(self, body, *path)
 
     monkeypatch.setattr(type(lab.service.upstream), "complete", complete)
     return seen
