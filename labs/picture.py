@@ -56,7 +56,10 @@ def take(model: str, to: Path = PICTURE) -> Path:
     from serving.settings import load_serve_config
 
     options = chromium_options()
-    with running(model, load_serve_config("default", ["port=0", "engine_port=0"]), say=say) as served, sync_playwright() as play:
+    with (
+        running(model, load_serve_config("default", ["port=0", "engine_port=0", "keys=null"]), say=say) as served,
+        sync_playwright() as play,
+    ):
         browser = play.chromium.launch(**options)
         phone, desktop = (_asked(browser, served.url, *view) for view in ((PHONE, "dark"), (DESKTOP, "light")))
         browser.close()

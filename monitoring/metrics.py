@@ -25,6 +25,7 @@ from prometheus_client import (
 
 PREFIX = "llmlab_"
 OTHER = "other"
+PATHS = GATEWAY_PATH, ENGINE_PATH = "/metrics", "/metrics/engine"  # where Prometheus asks a gateway: of itself, and of its engine
 
 GENERATION_OUTCOMES = ("ok", "error", "cancelled", "refused")
 RAG_OUTCOMES = ("answered", "abstained", "error")

@@ -16,6 +16,7 @@ from typing import Any
 
 from starlette.types import Scope
 
+from monitoring.metrics import PATHS
 from pipelines.errors import ConfigError
 from serving.keys import CREATE, Key, digest, read
 from serving.problems import AccessBroken, KeyWrong
@@ -26,7 +27,7 @@ ADMIN_VARIABLE = "LLMLAB_ADMIN_KEY"
 # What says nothing of anybody: probes, the page itself (its requests carry the key), and the documentation of the API.
 OPEN = ("/healthz", "/readyz", "/", "/favicon.ico", "/docs", "/docs/oauth2-redirect", "/redoc", "/openapi.json")
 OPEN_FOLDERS = ("/static/", "/static-offline-docs/")
-LOCAL = ("/metrics",)  # open to this machine, for its Prometheus: the counts tell when people work. Others send a key
+LOCAL = PATHS  # open to this machine, for its Prometheus: the counts tell when people work. Others send a key
 
 
 class Access:

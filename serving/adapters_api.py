@@ -8,14 +8,14 @@ The answer comes when requests can name the adapter. How a change is made is in 
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 from fastapi import APIRouter, Depends, Request
 from pydantic import BaseModel, ConfigDict, Field
 
 from serving.admin import check_key
 from serving.engines.contract import Adapter
-from serving.problems import OpenAIProblem
+from serving.problems import OPENAI_PROBLEMS
 from serving.service import Service
 from serving.tuned import NAME, RUN_ID
 
@@ -67,8 +67,7 @@ class Removed(BaseModel):
 
 def router(service: Service) -> APIRouter:
     """Return the endpoints that change which adapters are served."""
-    problems: dict[int | str, dict[str, Any]] = {"4XX": {"model": OpenAIProblem}, "5XX": {"model": OpenAIProblem}}
-    routes = APIRouter(prefix=PATH, tags=["adapters"], dependencies=[Depends(_check)], responses=problems)
+    routes = APIRouter(prefix=PATH, tags=["adapters"], dependencies=[Depends(_check)], responses=OPENAI_PROBLEMS)
     adapters = service.adapters
 
     @routes.post("", status_code=201)

@@ -15,7 +15,7 @@ from starlette.types import Scope
 
 from serving.admin import check_key
 from serving.documents import Entry, State
-from serving.problems import BadRequest, OpenAIProblem, openai_body
+from serving.problems import OPENAI_PROBLEMS, BadRequest, openai_body
 from serving.service import Service
 from serving.settings import ServeConfig
 
@@ -80,8 +80,7 @@ def body_limit(config: ServeConfig, scope: Scope) -> int:
 
 def router(service: Service) -> APIRouter:
     """Return the endpoints that change the documents."""
-    problems: dict[int | str, dict[str, Any]] = {"4XX": {"model": OpenAIProblem}, "5XX": {"model": OpenAIProblem}}
-    routes = APIRouter(prefix=PATH, tags=["documents"], dependencies=[Depends(_check)], responses=problems)
+    routes = APIRouter(prefix=PATH, tags=["documents"], dependencies=[Depends(_check)], responses=OPENAI_PROBLEMS)
 
     @routes.post("", status_code=202)
     def add(

@@ -9,9 +9,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from monitoring.metrics import PATHS
 from serving.problems import Stopping
 
-STILL_ANSWERED = ("/healthz", "/metrics")  # the gateway lives until it has stopped; /readyz says that it takes nothing
+STILL_ANSWERED = ("/healthz", *PATHS)  # the gateway lives until it has stopped; /readyz says that it takes nothing
 
 
 class Drain:

@@ -15,8 +15,7 @@ from pydantic import BaseModel
 
 from pipelines.errors import DataError
 from serving import limits
-from serving.openai_api import PROBLEMS
-from serving.problems import BadRequest, Unsupported
+from serving.problems import OPENAI_PROBLEMS, BadRequest, Unsupported
 from serving.requests import EmbeddingRequest
 from serving.service import Service
 
@@ -50,7 +49,7 @@ class Embeddings(BaseModel):
 
 def router(service: Service) -> APIRouter:
     """Return the endpoint that embeds."""
-    routes = APIRouter(prefix="/v1", tags=["OpenAI"], responses=PROBLEMS)
+    routes = APIRouter(prefix="/v1", tags=["OpenAI"], responses=OPENAI_PROBLEMS)
 
     @routes.post("/embeddings")
     def embed(body: EmbeddingRequest) -> Embeddings:

@@ -19,7 +19,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
-from monitoring.metrics import GATEWAY_TASKS, REGISTRY, set_build, start_series
+from monitoring.metrics import ENGINE_PATH, GATEWAY_PATH, GATEWAY_TASKS, REGISTRY, set_build, start_series
 from pipelines.errors import LabError
 from serving import adapters_api, documents_api, embeddings_api, openai_api, page, rag_api
 from serving.edge import Edge
@@ -81,7 +81,7 @@ def _add_operations(app: FastAPI, service: Service) -> None:
             raise EngineDown("the engine runs, but does not answer its health check", 1)
         return {"status": "ready", "engine": service.supervisor.engine.name, "rag": service.knowledge.summary}
 
-    @app.get("/metrics", tags=["operations"], response_class=PlainTextResponse)
+    @app.get(GATEWAY_PATH, tags=["operations"], response_class=PlainTextResponse)
     async def metrics() -> Response:
         """Return the gateway's metrics for Prometheus."""
         from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
@@ -89,7 +89,7 @@ def _add_operations(app: FastAPI, service: Service) -> None:
         GATEWAY_TASKS.set(len(asyncio.all_tasks()))
         return Response(await run_in_threadpool(generate_latest, REGISTRY), media_type=CONTENT_TYPE_LATEST)
 
-    @app.get("/metrics/engine", tags=["operations"], response_class=PlainTextResponse)
+    @app.get(ENGINE_PATH, tags=["operations"], response_class=PlainTextResponse)
     async def engine_metrics() -> Response:
         """Return the metrics of the engine that answers now, whatever its port; none for one that has no metrics."""
         return PlainTextResponse(await service.upstream.metrics())

@@ -18,13 +18,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from monitoring.metrics import PATHS
 from pipelines.errors import NotWritable
 from serving.record import Record
 from serving.settings import LogConfig
 
 LOGGERS = ("serving", "uvicorn", "opentelemetry")
 LOG = logging.getLogger("serving.requests")
-WATCHED = ("/healthz", "/readyz", "/metrics")  # asked every few seconds: told at the level debug while all is well
+WATCHED = ("/healthz", "/readyz", *PATHS)  # asked every few seconds: told at the level debug while all is well
 PLAIN = re.compile(r"[\w.:/{}@+-]+", re.ASCII)
 
 

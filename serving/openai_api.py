@@ -24,14 +24,13 @@ from serving import abilities, choices, limits, logprobs
 from serving.admission import need_of
 from serving.choices import Shape
 from serving.guard.contract import Told
-from serving.problems import OpenAIProblem, openai_body, unexpected
+from serving.problems import OPENAI_PROBLEMS, openai_body, unexpected
 from serving.requests import ChatRequest, CompletionRequest, each_prompt
 from serving.service import Service
 from serving.upstream import CHAT_PATH, DONE, TEXT_PATH, ClientGone, unless_gone
 
 SSE_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 STREAM = {"content": {"text/event-stream": {"schema": {"type": "string"}}}, "description": "The completion, or its stream"}
-PROBLEMS: dict[int | str, dict[str, Any]] = {"4XX": {"model": OpenAIProblem}, "5XX": {"model": OpenAIProblem}}
 
 
 class Card(BaseModel):
@@ -75,7 +74,7 @@ class Completion(BaseModel):
 
 def router(service: Service) -> APIRouter:
     """Return the endpoints below /v1 that generate, and the list of models."""
-    routes = APIRouter(prefix="/v1", tags=["OpenAI"], responses=PROBLEMS)
+    routes = APIRouter(prefix="/v1", tags=["OpenAI"], responses=OPENAI_PROBLEMS)
 
     @routes.get("/models")
     def models() -> Cards:
@@ -130,7 +129,6 @@ async def _checked(body: ChatRequest | CompletionRequest, service: Service, told
         name = OTHER if isinstance(error, UnknownName) else body.model
         GENERATION_REQUESTS.labels(model=name, outcome="refused").inc()
         raise
-    return asked
 
 
 async def _answer(

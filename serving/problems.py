@@ -41,6 +41,9 @@ class OpenAIProblem(BaseModel):
     error: OpenAIError
 
 
+OPENAI_PROBLEMS: dict[int | str, dict[str, Any]] = {"4XX": {"model": OpenAIProblem}, "5XX": {"model": OpenAIProblem}}
+
+
 class LabProblem(BaseModel):
     """An error in our form: `message`, `type`, `expected` and `next`, the command that leads on."""
 

@@ -202,6 +202,7 @@ class Upstream:
     async def stream(self, body: Mapping[str, Any], meter: Meter, path: str = CHAT_PATH) -> AsyncIterator[dict[str, Any]]:
         """Yield the chunks of a streamed completion; the last one carries `usage`."""
         asked = {**body, "stream": True, "stream_options": {"include_usage": True}}
+        route = self.route
         async with meter, self._sent(asked, path) as reply:
             async for line in reply.aiter_lines():
                 data = line.removeprefix("data:").strip() if line.startswith("data:") else ""
@@ -213,7 +214,7 @@ class Upstream:
                         raise self._refusal(500, event["error"])
                     meter.see(event)
                     yield event | {"model": body["model"]}
-            raise self._lost(self.route, "before the end of its reply")
+            raise self._lost(route, "before the end of its reply")
 
     async def token_count(self, chat: Chat) -> int:
         """Return the length of a chat as the engine reads it, in tokens, up to where the reply begins."""

@@ -78,7 +78,7 @@ def gateway(model: str, index: Path, log: Path, settings: Sequence[str] = ()) ->
     from serving.settings import load_serve_config
 
     port, engine_port = (check_free(HOST, 0, "") for _ in range(2))
-    given = [f"port={port}", f"engine_port={engine_port}", "engine=llamacpp", "index=knowledge", *settings]
+    given = [f"port={port}", f"engine_port={engine_port}", "engine=llamacpp", "index=knowledge", "keys=null", *settings]
     slots = load_serve_config("default", given).slots.llamacpp
     command = [sys.executable, "-m", "labs", "serve", model, "--adapter", "none", *(part for s in given for part in ("--set", s))]
     url = f"http://{HOST}:{port}"

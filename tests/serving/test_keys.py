@@ -125,8 +125,10 @@ def test_who_gets_in(keyed: tuple[httpx.Client, Path], caplog: pytest.LogCapture
     with environment(LLMLAB_ADMIN_KEY="of the environment"):
         assert client.get("/v1/documents", headers=bearer("of the environment")).status_code == 200
     assert all(client.get(path).status_code == 200 for path in ("/healthz", "/readyz", "/docs"))
-    assert client.get("/metrics").status_code == 200, "Prometheus of this machine"
-    assert client.get("/metrics", headers={"X-Forwarded-For": "192.0.2.1"}).status_code == 401, "through a proxy"
+    for path in ("/metrics", "/metrics/engine"):
+        assert client.get(path).status_code not in (401, 403), "Prometheus of this machine"
+        assert client.get(path, headers={"X-Forwarded-For": "192.0.2.1"}).status_code == 401, "through a proxy"
+    assert client.get("/metrics").status_code == 200
     assert not any(key in client.get("/metrics").text + caplog.text for key in (user, admin))
 
 
