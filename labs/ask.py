@@ -48,6 +48,12 @@ def models(server: str) -> list[str]:
     return _answered(server, send, _generators)
 
 
+def preferred(server: str) -> str:
+    """Return the model for a question that names none: the newest adapter, or the base where there is none."""
+    names = models(server)
+    return names[min(1, len(names) - 1)]
+
+
 def _generators(content: Any) -> list[str]:
     """Return the names of the models that generate; the list has the embedder too."""
     return [str(card["id"]) for card in content["data"] if card["task"] == "generate"]

@@ -72,9 +72,7 @@ class Admission:
             RateLimited: the key has used up its tokens.
         """
         visit = VISIT.get()
-        if visit.key:
-            tokens = need.prompt_tokens + need.sequences * need.reply_tokens
-            visit.held.append(visit.access.rates.reserve(visit.key, tokens))
+        visit.reserve(need.prompt_tokens + need.sequences * need.reply_tokens)
         place = _Place(
             visit, min(need.sequences, self.size), need.prompt_tokens, asyncio.get_running_loop().create_future(), self.clock()
         )

@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from fastapi import APIRouter
 from pydantic import BaseModel
+from starlette.concurrency import run_in_threadpool
 
 from pipelines.errors import DataError
 from serving import limits
 from serving.problems import OPENAI_PROBLEMS, BadRequest, Unsupported
 from serving.requests import EmbeddingRequest
 from serving.service import Service
+from serving.visit import VISIT
 
 if TYPE_CHECKING:
     import numpy as np
@@ -52,18 +54,20 @@ def router(service: Service) -> APIRouter:
     routes = APIRouter(prefix="/v1", tags=["OpenAI"], responses=OPENAI_PROBLEMS)
 
     @routes.post("/embeddings")
-    def embed(body: EmbeddingRequest) -> Embeddings:
-        """Make a vector of each text."""
+    async def embed(body: EmbeddingRequest) -> Embeddings:
+        """Make a vector of each text; the key is charged for their tokens."""
         texts = _checked(body, service)
-        embedder = service.knowledge.embedder()
+        embedder = await run_in_threadpool(service.knowledge.embedder)
         if body.dimensions not in (None, embedder.dimension):
             raise Unsupported(f"{body.model} makes vectors of {embedder.dimension} numbers, and they are not shortened",
                               f"dimensions: {embedder.dimension}, or none", param="dimensions")  # fmt: skip
+        tokens = await run_in_threadpool(lambda: sum(map(embedder.token_count, texts)))
+        VISIT.get().reserve(tokens)
         try:
-            vectors = embedder.embed(texts)
+            vectors = await run_in_threadpool(embedder.embed, texts)
         except DataError as error:  # a text that is too long
             raise BadRequest(error.came, error.expected, "split it", param="input") from None
-        tokens = sum(map(embedder.token_count, texts))
+        VISIT.get().spend(tokens)
         data = [Vector(index=index, embedding=_encoded(vector, body.encoding_format)) for index, vector in enumerate(vectors)]
         return Embeddings(data=data, model=body.model, usage=EmbeddingUsage(prompt_tokens=tokens, total_tokens=tokens))
 

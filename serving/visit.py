@@ -30,6 +30,11 @@ class Visit:
     prompt_tokens: int = 0
     held: list[Callable[[], None]] = field(default_factory=list)
 
+    def reserve(self, tokens: int) -> None:
+        """Hold tokens against the key's budget until the request ends; `RateLimited` if it is used up."""
+        if self.key:
+            self.held.append(self.access.rates.reserve(self.key, tokens))
+
     def spend(self, tokens: int) -> None:
         """Charge the key for tokens that were read and generated."""
         if self.key:

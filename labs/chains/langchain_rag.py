@@ -10,7 +10,7 @@ import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from labs.ask import KEY_VARIABLE, models
+from labs.ask import KEY_VARIABLE, preferred
 from pipelines.errors import ConfigError, LabError
 from pipelines.rag.adapters import as_langchain
 from pipelines.rag.answer import messages
@@ -49,7 +49,7 @@ def chain(retriever: Retriever, server: str, k: int = 3, max_tokens: int = 96) -
     except ModuleNotFoundError:
         raise ConfigError("langchain-openai is not installed", "langchain-openai in .venv", "make setup-chains") from None
     key = os.environ.get(KEY_VARIABLE, "none")
-    model = ChatOpenAI(base_url=f"{server}/v1", api_key=key, model=models(server)[-1], temperature=0, max_tokens=max_tokens,
+    model = ChatOpenAI(base_url=f"{server}/v1", api_key=key, model=preferred(server), temperature=0, max_tokens=max_tokens,
                        http_client=httpx.Client(trust_env=False))  # fmt: skip
     found = {"documents": as_langchain(retriever, k), "question": RunnablePassthrough()}
     made: Runnable[str, str] = found | RunnableLambda(_prompt) | model | StrOutputParser()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Any
 
-from labs.ask import TIMEOUT_SECONDS, key_header, models
+from labs.ask import TIMEOUT_SECONDS, key_header, preferred
 from pipelines.errors import LabError
 from pipelines.rag.adapters import as_llamaindex
 from pipelines.rag.answer import SYSTEM
@@ -50,7 +50,7 @@ def _model(server: str, max_tokens: int) -> Any:
     import httpx
     from llama_index.core.llms import CompletionResponse, CustomLLM, LLMMetadata
 
-    name = models(server)[-1]
+    name = preferred(server)
 
     class Gateway(CustomLLM):  # type: ignore[misc]
         @property

@@ -217,6 +217,9 @@ def check_charges(lab: Running, user: str) -> None:
         assert whole.status_code == 200, whole.text
         usage = whole.json()["usage"]
         assert rates._spent(key) == usage["total_tokens"]
+        embedding = {"model": "minilm", "input": "a text"}
+        usage["total_tokens"] += client.post("/v1/embeddings", json=embedding).json()["usage"]["total_tokens"]
+        assert rates._spent(key) == usage["total_tokens"]
         with client.stream(
             "POST", "/v1/chat/completions", json=CHAT | {"max_tokens": 900, "stream": True, "ignore_eos": True}
         ) as left:
@@ -230,6 +233,7 @@ def check_charges(lab: Running, user: str) -> None:
             pass
         assert answer.status_code == 429 and answer.json()["error"]["type"] == "tokens"
         assert int(answer.headers["Retry-After"]) >= 1
+        assert client.post("/v1/embeddings", json=embedding).status_code == 429
         question = client.post("/v1/rag/query", json={"question": "Who made Vela?"})
         assert question.status_code == 429 and question.json()["error"]["type"] == "RateLimited"
 
