@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from pipelines.config import Config, load, named
 from pipelines.errors import TrainingFailed
 from pipelines.tune import template
-from pipelines.tune.packing import Packed, encode, tree
+from pipelines.tune.packing import Encoded, Packed, encode, families, fit, tree
 from pipelines.tune.rows import Row
 from pipelines.tune.sft import mean_loss
 
@@ -27,7 +27,8 @@ CARD_FILE = "proof.json"
 MIN_LOGIT_CHANGE = 1e-3
 STOP_PROMPTS = 8
 STOP_TOKENS = 48
-MAX_PROBE_TOKENS = 4096  # of held-out rows; more would take longer than it tells
+ROWS_PER_TREE, JOIN_UP_TO = 8, 320  # rows that share a prompt, tokens of a sequence
+MAX_PROBE_TOKENS = 2048  # of held-out rows; more would take longer than it tells
 
 
 class General(Config):
@@ -52,11 +53,12 @@ class Probe:
         fixed = load(named("proof", "general"), General)
         self.tokenizer, self.held_out = tokenizer, list(held_out)
         self.sequences = {
-            "general": _packed([_row(*pair) for pair in fixed.general], tokenizer),
-            "arithmetic": _packed([_row(*pair) for pair in fixed.arithmetic], tokenizer),
+            "general": _packed([encode(_row(*pair), tokenizer) for pair in fixed.general]),
+            "arithmetic": _packed([encode(_row(*pair), tokenizer) for pair in fixed.arithmetic]),
         }
         if held_out:
-            self.sequences = {"held_out": _up_to(MAX_PROBE_TOKENS, _packed(held_out, tokenizer))} | self.sequences
+            shown = _up_to(MAX_PROBE_TOKENS, [encode(row, tokenizer) for row in held_out])
+            self.sequences = {"held_out": _packed(shown)} | self.sequences
         self.golden = [golden["token_ids"] for golden in template.lock(tokenizer)["golden"]]
 
     def measure(self, model: Any) -> Measured:
@@ -149,15 +151,17 @@ def _row(question: str, answer: str) -> Row:
     return Row(({"role": "user", "content": question}, {"role": "assistant", "content": answer}))
 
 
-def _packed(rows: Sequence[Row], tokenizer: Any) -> list[Packed]:
-    return [tree([encode(row, tokenizer)]) for row in rows]
+def _packed(rows: Sequence[Encoded]) -> list[Packed]:
+    """Share what prompts have in common, and join what is short."""
+    trees = [tree([rows[i] for i in group]) for group in families(rows, ROWS_PER_TREE)]
+    return fit(trees, max(JOIN_UP_TO, *(len(item.tokens) for item in trees)), JOIN_UP_TO)
 
 
-def _up_to(tokens: int, sequences: Sequence[Packed]) -> list[Packed]:
-    taken: list[Packed] = []
-    for sequence in sequences:
-        tokens -= len(sequence.tokens)
+def _up_to(tokens: int, rows: Sequence[Encoded]) -> list[Encoded]:
+    taken: list[Encoded] = []
+    for row in rows:
+        tokens -= len(row.tokens)
         if taken and tokens < 0:
             break
-        taken.append(sequence)
+        taken.append(row)
     return taken

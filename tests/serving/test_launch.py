@@ -77,27 +77,39 @@ def test_a_killed_engine_is_reported_and_comes_back(lab: Running, http: httpx.Cl
     assert metric(http, "llmlab_engine_restarts_total", engine="llamacpp") == restarts + 1
 
 
-@pytest.mark.slow
-def test_an_engine_that_is_killed_under_load_leaves_nobody_waiting(lab: Running, http: httpx.Client) -> None:
+def kill_under_load(server: Running, times: int) -> None:
     """Six streams at two slots, and the engine gone: each ends with an error or had ended, and the next ones are answered."""
 
     def ask(_: int) -> str:
         body = CHAT | {"max_tokens": 400, "stream": True, "ignore_eos": True}
-        return httpx.post(f"{lab.url}/v1/chat/completions", json=body, timeout=60, trust_env=False).text
+        return httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=60, trust_env=False).text
 
-    supervisor = lab.service.supervisor
+    supervisor, admission = server.service.supervisor, server.service.admission
     with ThreadPoolExecutor(6) as pool:
-        for _ in range(3):
+        for _ in range(times):
             answers = [pool.submit(ask, number) for number in range(6)]
-            wait_until(lambda: len(lab.service.admission._running) == 2)
+            wait_until(lambda: len(admission._running) == 2)
             descendants(supervisor._process.pid)[0].kill()
             wait_until(lambda: not supervisor.status.up)
             ended = [answer.result(timeout=30) for answer in answers]
             assert all("[DONE]" in text or '"error"' in text for text in ended)
             assert any("engine_unavailable" in text for text in ended)
+            assert not any("Traceback" in text for text in ended)
             wait_until(lambda: supervisor.status.up, 60)
-    assert not lab.service.admission._running
-    assert http.post("/v1/chat/completions", json=CHAT).status_code == 200
+            assert not admission._running
+    assert httpx.post(f"{server.url}/v1/chat/completions", json=CHAT, timeout=60, trust_env=False).status_code == 200
+
+
+@pytest.mark.slow
+def test_an_engine_that_is_killed_under_load_leaves_nobody_waiting(lab: Running) -> None:
+    kill_under_load(lab, 3)
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(900)
+def test_an_engine_is_killed_under_load_twenty_times() -> None:
+    with running(MODEL, serve_config("restart.settled_seconds=0.1", "index=none"), say=lambda _: None) as server:
+        kill_under_load(server, 20)
 
 
 def test_without_index_and_adapter_the_rest_works(tmp_path: Path) -> None:
