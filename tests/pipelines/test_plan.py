@@ -94,6 +94,7 @@ def test_the_run_keeps_what_was_planned_and_measured(tuned_run: Run) -> None:
     assert kept["memory_bytes"]["planned"] > 1.5 * GB and kept["seconds"]["planned"] > 0
 
 
+SAMPLE = ("lora", "qlora", "full")  # of the combinations, in every long check; the others in make test-bench
 COMBINATIONS = {
     "lora": ("lora",),
     "lora, rank 128": ("lora", "lora.rank=128"),
@@ -104,9 +105,10 @@ COMBINATIONS = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("name", COMBINATIONS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow if n in SAMPLE else pytest.mark.campaign) for n in COMBINATIONS]
+)
 def test_memory_is_planned_within_15_percent(name: str, tmp_path: Path, report_figure: Callable[[str], None]) -> None:
     recipe, *overrides = COMBINATIONS[name]
     given = [f"--set={o}" for o in (*overrides, "schedule.steps=2", "schedule.checkpoint_every_steps=1")]
