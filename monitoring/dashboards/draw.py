@@ -25,12 +25,13 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COLUMNS = 24
-INCHES_WIDE, INCHES_A_ROW, INCHES_A_HEAD = 16.0, 2.35, 0.4
+INCHES_WIDE, INCHES_A_ROW, INCHES_OF_VALUES, INCHES_A_HEAD = 16.0, 2.35, 1.35, 0.4
 DPI = 75
 COLOURS = 96  # of the file, which is a third as large so
 POINTS = 120
 LEAST_STEP, LEAST_WINDOW = 1.0, 10.0  # seconds
 SHOWN_SERIES, SHOWN_CHARS = 7, 46
+CHARS_A_COLUMN, LARGE_CHARS_A_COLUMN = 8, 5  # of the text of a value
 NO_DATA = "no data"
 _LABEL = re.compile(r"\{\{(\w+)\}\}")
 
@@ -75,9 +76,11 @@ def _figure(board: Board, sections: Mapping[str, tuple[Plot, ...]], when: _Span)
         if isinstance(what, str):
             figure.text(0.012, 1 - (top + 0.28) / high, what, fontsize=12, weight="bold", color="#333333")
             continue
-        x, y = left / COLUMNS + 0.032, 1 - (top + INCHES_A_ROW - 0.35) / high
-        axes = figure.add_axes((x, y, what.width / COLUMNS - 0.044, (INCHES_A_ROW - 0.75) / high))
-        axes.set_title(what.title, fontsize=9, loc="left", color="#222222")
+        tall = _tall(what)
+        x, y = left / COLUMNS + 0.032, 1 - (top + tall - 0.35) / high
+        axes = figure.add_axes((x, y, what.width / COLUMNS - 0.044, (tall - 0.75) / high))
+        suffix = what.unit.partition("suffix: ")[2]
+        axes.set_title(f"{what.title} ({suffix})" if suffix else what.title, fontsize=9, loc="left", color="#222222")
         {"line": _draw_lines, "heat": _draw_heat}.get(what.kind, _draw_values)(axes, board, what, when)
     return figure
 
@@ -89,14 +92,19 @@ def _placed(sections: Mapping[str, tuple[Plot, ...]]) -> tuple[list[tuple[str | 
     for title, plots in sections.items():
         placed.append((title, 0, top))
         top += INCHES_A_HEAD
-        left = 0
+        left, tallest = 0, 0.0
         for plot in plots:
             if left + plot.width > COLUMNS:
-                left, top = 0, top + INCHES_A_ROW
+                left, top, tallest = 0, top + tallest, 0.0
             placed.append((plot, left, top))
-            left += plot.width
-        top += INCHES_A_ROW
+            left, tallest = left + plot.width, max(tallest, _tall(plot))
+        top += tallest
     return placed, top
+
+
+def _tall(plot: Plot) -> float:
+    """Return the inches of a plot with its title; a value needs fewer."""
+    return INCHES_OF_VALUES if plot.kind in ("value", "name") else INCHES_A_ROW
 
 
 def _draw_lines(axes: Any, board: Board, plot: Plot, when: _Span) -> None:
@@ -104,7 +112,7 @@ def _draw_lines(axes: Any, board: Board, plot: Plot, when: _Span) -> None:
     drawn.sort(key=lambda one: -max(value for _, value in one[0].points))
     for number, (series, name) in enumerate(drawn):
         shown = name[:SHOWN_CHARS] if number < SHOWN_SERIES else "_"
-        axes.plot([_clock(at) for at, _ in series.points], [v for _, v in series.points], linewidth=1.2, label=shown)
+        axes.plot([at for at, _ in series.points], [v for _, v in series.points], linewidth=1.2, label=shown)
     if not drawn:
         _say(axes, [NO_DATA])
         return
@@ -132,7 +140,7 @@ def _draw_heat(axes: Any, board: Board, plot: Plot, when: _Span) -> None:
         for at, value in series.points:
             below[row, column[at]] = value
     counts = np.diff(below, axis=0, prepend=0.0)
-    axes.pcolormesh([_clock(at) for at in times], range(len(found)), counts, cmap="Blues", shading="nearest")
+    axes.pcolormesh(times, range(len(found)), counts, cmap="Blues", shading="nearest")
     axes.set_yticks(range(len(found)), [f"{series.labels['le'].removesuffix('.0')}" for series in found])
     _dress(axes, plot, when, heat=True)
 
@@ -143,32 +151,30 @@ def _draw_values(axes: Any, board: Board, plot: Plot, when: _Span) -> None:
         for series in when.newest(board, query):
             name = _named(query.legend, series.labels)
             lines.append(name if plot.kind == "name" else f"{name}  {said(series.points[-1][1], plot.unit)}".strip())
-    _say(axes, lines or [NO_DATA])
+    _say(axes, lines or [NO_DATA], plot.width)
 
 
-def _say(axes: Any, lines: list[str]) -> None:
+def _say(axes: Any, lines: list[str], width: int = COLUMNS) -> None:
+    """Write lines in the middle, large if there is one that is short."""
     axes.set_axis_off()
-    shown = [line[i : i + 34] for line in lines[:4] for i in range(0, min(len(line), 102), 34)]
-    size = 13 if len(shown) == 1 else 8.5
+    chars = CHARS_A_COLUMN * width
+    shown = [line[i : i + chars] for line in lines[:4] for i in range(0, min(len(line), 3 * chars), chars)]
+    size = 13 if len(shown) == 1 and len(shown[0]) <= LARGE_CHARS_A_COLUMN * width else 8.5 if len(shown) < 4 else 6.5
     axes.text(0.5, 0.5, "\n".join(shown), ha="center", va="center", fontsize=size, transform=axes.transAxes, color="#1f60c4")
 
 
 def _dress(axes: Any, plot: Plot, when: _Span, *, heat: bool = False) -> None:
-    from matplotlib.dates import AutoDateLocator, DateFormatter
-
-    axes.set_xlim(_clock(when.start), _clock(when.end))
-    axes.xaxis.set_major_locator(AutoDateLocator(maxticks=5))
-    axes.xaxis.set_major_formatter(DateFormatter("%H:%M" if when.end - when.start > 600 else "%H:%M:%S"))
+    axes.set_xlim(when.start, when.end)
+    parts, form = max(3, plot.width // 2), "%H:%M" if when.end - when.start > 600 else "%H:%M:%S"
+    ticks = [when.start + (when.end - when.start) * part / parts for part in range(parts + 1)][1:-1]
+    axes.set_xticks(ticks, [f"{datetime.fromtimestamp(at):{form}}" for at in ticks])
     axes.tick_params(labelsize=6.5, length=2)
     axes.grid(alpha=0.25, linewidth=0.5)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     if not heat:
-        axes.yaxis.set_major_formatter(lambda value, _: said(value, plot.unit))
-
-
-def _clock(at: float) -> datetime:
-    return datetime.fromtimestamp(at)
+        unit = "short" if plot.unit.startswith("suffix:") else plot.unit  # the title has it
+        axes.yaxis.set_major_formatter(lambda value, _: said(value, unit))
 
 
 def _named(legend: str, labels: Mapping[str, str]) -> str:

@@ -26,7 +26,7 @@ HEALTH = (
         "Alerts that fire",
         "short",
         "Anything above zero needs somebody: the alert's name is its page in monitoring/runbooks.",
-        (Query('count by (alertname) (ALERTS{alertstate="firing"}) or vector(0)', "{{alertname}}"),),
+        (Query('count by (alertname) (ALERTS{alertstate="firing"}) or on () vector(0)', "{{alertname}}"),),
         kind="value",
         width=4,
     ),

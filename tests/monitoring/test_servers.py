@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 import urllib.request
 from pathlib import Path
 from typing import Any
@@ -82,7 +83,10 @@ def test_prometheus_and_a_real_alertmanager_find_each_other(tmp_path: Path) -> N
         alerts = alertmanager_server.alertmanager(tmp_path / "alertmanager", at)
         config = ps.resolve_config(tmp_path / "config", scrape_seconds=1, alertmanager=at)
         with alerts, ps.PrometheusServer(config, tmp_path / "data", free_address()) as server:
-            active = get(f"{server.url}/api/v1/alertmanagers")["activeAlertmanagers"]
+            deadline = time.monotonic() + 20  # it looks for them every five seconds
+            while not (active := get(f"{server.url}/api/v1/alertmanagers")["activeAlertmanagers"]):
+                assert time.monotonic() < deadline
+                time.sleep(0.2)
             names = {rule["name"] for group in get(f"{server.url}/api/v1/rules?type=alert")["groups"] for rule in group["rules"]}
     except ProgramMissing as missing:
         pytest.skip(str(missing))

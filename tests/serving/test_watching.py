@@ -6,6 +6,7 @@ Every query of every panel, and every series that a rule reads or records, retur
 from __future__ import annotations
 
 import contextlib
+import html
 import json
 import signal
 import time
@@ -162,4 +163,6 @@ def check_pictures(url: str, folder: Path) -> None:
             assert picture.width == 1200 and picture.height > 400
             assert len(picture.convert("RGB").getcolors(1 << 24) or ()) > 10
     page = draw(BOARDS[0], url, 60, folder / "overview.html").read_text(encoding="utf-8")
-    assert page.count('<img alt="') == len(BOARDS[0].sections) and all(plot.title in page for plot in BOARDS[0].plots)
+    assert page.count('<img alt="') == len(BOARDS[0].sections) and all(
+        html.escape(plot.title) in page for plot in BOARDS[0].plots
+    )
