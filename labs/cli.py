@@ -18,6 +18,7 @@ import typer
 from typer.core import TyperGroup
 
 from labs.bench.commands import bench_app
+from labs.dashboards import dashboards_app
 from labs.data import data_app
 from labs.index import index_app
 from labs.keys import keys_app
@@ -49,6 +50,7 @@ app.add_typer(data_app, name="data")
 app.add_typer(bench_app, name="bench")
 app.add_typer(index_app, name="index")
 app.add_typer(keys_app, name="keys")
+app.add_typer(dashboards_app, name="dashboards")
 
 ModelName = Annotated[str, typer.Argument(help="A name from `llmlab models`.")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="Override a field of the configuration: schedule.steps=50")]
@@ -281,31 +283,22 @@ def ask(
 def monitor(
     port: Port = None,
     metrics_port: Annotated[int | None, typer.Option(min=1, max=65535, help="Port of a training's figures; 8090.")] = None,
+    stop: Annotated[bool, typer.Option("--stop", help="End what an earlier start left running.")] = False,
 ) -> None:
-    """Start Prometheus on the running server and training, and Grafana where there is Docker, until Ctrl-C."""
+    """Start Prometheus on the running server and training, with Alertmanager and Grafana where they are, until Ctrl-C."""
     from labs.metered import PORT
     from labs.monitor import monitor as watch
+    from labs.monitor import stop as end
     from labs.screen import say
     from monitoring.exporter import HOST
     from serving.settings import load_serve_config
 
+    if stop:
+        end(say)
+        return
     config = load_serve_config()
     training = f"{HOST}:{PORT if metrics_port is None else metrics_port}"
     watch(f"{config.host}:{port or config.port}", training, say)
-
-
-@app.command()
-def dashboards(check: Annotated[bool, typer.Option("--check", help="Only compare; fail if a file differs.")] = False) -> None:
-    """Write the Grafana dashboards from the declared metrics."""
-    from labs.screen import say
-    from monitoring import dashboards as boards
-
-    if not check:
-        say("wrote " + ", ".join(path.name for path in boards.write()))
-    elif stale := boards.check():
-        raise LabError(
-            "dashboards differ from their code: " + ", ".join(p.name for p in stale), "the generated files", "make dashboards"
-        )
 
 
 @app.command()

@@ -106,11 +106,12 @@ def _weights() -> Finding:
 
 
 def _prometheus() -> Finding:
-    from monitoring.prometheus_server import PrometheusMissing, find_prometheus
+    from monitoring.child_server import ProgramMissing
+    from monitoring.prometheus_server import find_prometheus
 
     try:
         return Finding("Prometheus", True, str(find_prometheus()))
-    except PrometheusMissing:
+    except ProgramMissing:
         return Finding(
             "Prometheus",
             False,

@@ -13,10 +13,11 @@ import time
 from types import TracebackType
 from typing import Any
 
-from monitoring import metrics
+from monitoring import hardware, metrics
 from monitoring.exporter import HOST, Exporter
 from pipelines.errors import ConfigError
 from pipelines.plan import Plan
+from pipelines.runs import runs_root
 from pipelines.tune.finetune import Watcher
 from pipelines.tune.training import Step
 
@@ -79,6 +80,7 @@ class Metered:
                 metrics.start_training()
             return
         metrics.start_training()
+        hardware.watch(metrics.TRAINING, {"runs": runs_root()})
         self._exporter = self._open()
         if self._exporter:
             self.say(f"metrics: {self._exporter.url}")

@@ -153,10 +153,11 @@ class Admission:
 
 def need_of(requests: Sequence[Mapping[str, Any]]) -> Need:
     """Return what generations take that are asked for at once, of chats or texts whose length is set; prompts are estimated."""
-    return Need(len(requests), sum(map(_prompt_tokens, requests)), requests[0]["max_tokens"])
+    return Need(len(requests), sum(map(estimated_tokens, requests)), requests[0]["max_tokens"])
 
 
-def _prompt_tokens(request: Mapping[str, Any]) -> int:
+def estimated_tokens(request: Mapping[str, Any]) -> int:
+    """Return about how many tokens the prompt of a chat or text has."""
     prompt = request.get("prompt", request.get("messages"))
     if isinstance(prompt, list) and all(isinstance(part, int) for part in prompt):
         return len(prompt)  # token ids

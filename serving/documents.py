@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from monitoring.metrics import DOCUMENT_STATES, INDEX_DOCUMENTS
 from pipelines.errors import LabError, UnknownName
 from pipelines.rag import generation, uploads
 from pipelines.runs import disk_trouble_is_explained
@@ -21,6 +22,7 @@ from serving.knowledge import Knowledge
 from serving.problems import BadRequest, BodyTooLarge, unexpected
 from serving.settings import ServeConfig
 
+COUNT_SECONDS = 10.0  # between two counts for the metrics; each looks at every file
 BUSY_SECONDS = 2.0  # until an index that another process builds is tried again
 
 State = Literal["indexed", "pending", "skipped", "deleting"]
@@ -83,6 +85,7 @@ class Documents:
         self.problem: LabError | None = None
         self._changing, self._lock = threading.Lock(), threading.Lock()
         self._wanted = self._running = False
+        self._counted = float("-inf")
         self._hashes: dict[Path, tuple[tuple[int, int, int], str]] = {}
 
     @property
@@ -118,6 +121,22 @@ class Documents:
         gone = [source for source in indexed if source.startswith(self._prefix)] if self._own or self._is_of_index() else []
         found += [Entry(s.removeprefix(self._prefix), s, indexed[s], 0, chunks[s], "deleting") for s in gone]
         return sorted(found, key=lambda entry: entry.path)
+
+    def count(self) -> None:
+        """Show in the metrics how many documents there are in each state, as they were up to `COUNT_SECONDS` ago.
+
+        A folder that cannot be read leaves the figures as they were: the rest of the metrics matters more then.
+        """
+        now = time.monotonic()
+        if now - self._counted < COUNT_SECONDS:
+            return
+        self._counted = now
+        try:
+            counts: Counter[str] = Counter(entry.state for entry in self.entries())
+        except (OSError, LabError):
+            return
+        for state in DOCUMENT_STATES:
+            INDEX_DOCUMENTS.labels(state=state).set(counts[state])
 
     def add(self, name: str, content: bytes) -> Entry:
         """Keep a document, in place of the one that has its name, and have the index follow.

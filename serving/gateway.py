@@ -6,6 +6,7 @@ It owns the APIs, their limits and errors, and the metrics; generating is the en
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
@@ -19,8 +20,11 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
-from monitoring.metrics import ENGINE_PATH, GATEWAY_PATH, GATEWAY_TASKS, REGISTRY, set_build, start_series
+from monitoring import hardware
+from monitoring.metrics import ENGINE_PATH, GATEWAY_PATH, GATEWAY_TASKS, REGISTRY, set_build, set_models, start_series
+from pipelines.config import ROOT
 from pipelines.errors import LabError
+from pipelines.runs import runs_root
 from serving import adapters_api, documents_api, embeddings_api, openai_api, page, rag_api
 from serving.edge import Edge
 from serving.problems import BadRequest, EngineDown, LabProblem, UnknownField, clean, field_name, response
@@ -29,6 +33,7 @@ from serving.traces import open_traces
 
 DESCRIPTION = "A tuned model, its base and a knowledge base behind one API. OpenAI's clients work below /v1 unchanged."
 SHOWN_PROBLEMS = 5
+SCRAPING = threading.Lock()  # what is set anew for one scrape would be missing in another beside it
 
 
 def create_app(service: Service, version: str) -> FastAPI:
@@ -63,6 +68,7 @@ def create_app(service: Service, version: str) -> FastAPI:
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http_error)
     set_build(version)
+    hardware.watch(REGISTRY, {"cache": ROOT / ".cache", "index": service.knowledge.folder.parent, "runs": runs_root()})
     start_series(service.names)
     return app
 
@@ -84,15 +90,25 @@ def _add_operations(app: FastAPI, service: Service) -> None:
     @app.get(GATEWAY_PATH, tags=["operations"], response_class=PlainTextResponse)
     async def metrics() -> Response:
         """Return the gateway's metrics for Prometheus."""
-        from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+        from prometheus_client import CONTENT_TYPE_LATEST
 
         GATEWAY_TASKS.set(len(asyncio.all_tasks()))
-        return Response(await run_in_threadpool(generate_latest, REGISTRY), media_type=CONTENT_TYPE_LATEST)
+        return Response(await run_in_threadpool(_exposition, service), media_type=CONTENT_TYPE_LATEST)
 
     @app.get(ENGINE_PATH, tags=["operations"], response_class=PlainTextResponse)
     async def engine_metrics() -> Response:
         """Return the metrics of the engine that answers now, whatever its port; none for one that has no metrics."""
         return PlainTextResponse(await service.upstream.metrics())
+
+
+def _exposition(service: Service) -> bytes:
+    """Return the metrics as text, with what is looked at only when somebody asks."""
+    from prometheus_client import generate_latest
+
+    with SCRAPING:
+        set_models(service.shown_passports())
+        service.documents.count()
+        return generate_latest(REGISTRY)
 
 
 async def _lab_error(request: Request, error: Exception) -> Response:

@@ -12,7 +12,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from monitoring.metrics import INDEX_CHUNKS, INDEX_CREATED
+from monitoring.metrics import set_index
 from pipelines.config import load, named
 from pipelines.errors import EngineError, LabError
 from pipelines.rag import abstention, embedders, generation
@@ -175,8 +175,11 @@ class Knowledge:
         except LabError as problem:
             self.problem = problem  # the generation before, if there is one, goes on serving
         index = self.retriever.index if self.retriever else None
-        INDEX_CHUNKS.set(len(index) if index else 0)
-        INDEX_CREATED.set(datetime.fromisoformat(index.created).timestamp() if index else 0)
+        if index:
+            created = datetime.fromisoformat(index.created).timestamp()
+            set_index(self.name, index.generation, self.config.embedder, len(index), created)
+        else:
+            set_index(self.name, "", self.config.embedder, 0, 0)
 
 
 def open_knowledge(name: str, rag: str) -> Knowledge:

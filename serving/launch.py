@@ -37,6 +37,7 @@ from serving.engines.vllm import check_gpus, check_room
 from serving.keys import key_path
 from serving.knowledge import open_knowledge
 from serving.logs import written
+from serving.prices import price_of
 from serving.rates import Rates
 from serving.service import Service
 from serving.settings import ServeConfig
@@ -150,7 +151,8 @@ def _prepared(
         supervisor.await_health()
         for run in chosen.runs:
             check_template(run, supervisor.engine, supervisor.launch)
-        upstream = Upstream(supervisor.engine, supervisor.launch, supervisor, config.request_seconds)
+        price = price_of(model, config.prices)
+        upstream = Upstream(supervisor.engine, supervisor.launch, supervisor, config.request_seconds, price)
         adapters = Adapters(upstream, model, config, whole=chosen.whole is not None)
         stack.callback(adapters.stop)
         service = Service(
@@ -200,7 +202,7 @@ def _supervisor(model: Model, config: ServeConfig, choice: Choice, chosen: Chose
     )
     if gpu and model.dimensions:
         check_room(launch, model.dimensions, min(card.memory_bytes for card in machine.gpus))
-    set_engine(choice.choice, choice.reason)
+    set_engine(choice.choice, choice.reason, launch.slots)
     return Supervisor(engine, launch, config.startup_seconds, config.restart)
 
 

@@ -18,7 +18,16 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 
-from monitoring.metrics import RAG_CITATIONS, RAG_HITS, RAG_REQUESTS, RAG_STAGE_DURATION, RAG_TOP_SCORE
+from monitoring.metrics import (
+    RAG_CITATIONS,
+    RAG_CONTEXT,
+    RAG_DURATION,
+    RAG_HITS,
+    RAG_REQUESTS,
+    RAG_SENTENCES,
+    RAG_STAGE_DURATION,
+    RAG_TOP_SCORE,
+)
 from pipelines.errors import LabError
 from pipelines.rag.answer import ABSTENTION, Reply, parse
 from serving import limits, record
@@ -244,12 +253,22 @@ def _count_citations(reply: Reply) -> None:
     RAG_CITATIONS.labels(valid="no").inc(len(reply.invalid))
 
 
+def _count_answer(answer: dict[str, Any]) -> None:
+    RAG_REQUESTS.labels(outcome="abstained" if answer["abstained"] else "answered").inc()
+    RAG_DURATION.observe(answer["timings"]["total_seconds"])
+    if answer["usage"]:
+        RAG_CONTEXT.observe(answer["usage"]["prompt_tokens"])
+    for sentence in answer["sentences"]:
+        supported = "unchecked" if sentence["supported"] is None else "yes" if sentence["supported"] else "no"
+        RAG_SENTENCES.labels(supported=supported).inc()
+
+
 async def _counted(steps: AsyncIterator[Step]) -> AsyncIterator[Step]:
     """Pass the steps on and count the question by its outcome; not one that was refused or whose client left."""
     try:
         async for kind, content in steps:
             if kind == "answer":
-                RAG_REQUESTS.labels(outcome="abstained" if content["abstained"] else "answered").inc()
+                _count_answer(content)
             yield kind, content
     except Exception as error:
         if not isinstance(error, LabError) or error.http_status >= 500:

@@ -77,6 +77,12 @@ class Service:
         adapter = self.upstream.launch.adapter(name)
         return adapter.run if adapter else self.run
 
+    def shown_passports(self) -> dict[str, tuple[str, str, str]]:
+        """Return of each served model its base, run and fingerprint, in the words of the metrics."""
+        base = f"{self.base['hub']}@{self.base['revision'][:12]}" if "hub" in self.base else str(self.base["title"])
+        runs = {name: self.run_of(name) for name in self.names}
+        return {name: (base, run.id if run else "", run.fingerprint if run else "") for name, run in runs.items()}
+
     def passport(self, name: str) -> dict[str, Any]:
         """Return where a served model comes from: the base, and for what was tuned its run and that run's inputs."""
         run = self.run_of(name)

@@ -142,6 +142,13 @@ class TraceConfig(Config):
     otlp_endpoint: str | None = Field(pattern=r"^https?://[^/\s]+", description="None for OTEL_EXPORTER_OTLP_ENDPOINT, if set")
 
 
+class Prices(Config):
+    """Dollars for a million tokens (serving.prices)."""
+
+    prompt: float | None = Field(ge=0, description="None for what the catalogue says")
+    reply: float | None = Field(ge=0)
+
+
 class SchemaLimits(Config):
     """How large a JSON schema in a request may be; an engine consults its grammar for each token."""
 
@@ -205,6 +212,7 @@ class ServeConfig(Config):
     guard: GuardConfig
     log: LogConfig
     trace: TraceConfig
+    prices: Prices
     vllm: VllmSettings
     provider: ProviderSettings
 

@@ -19,10 +19,24 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from fastapi import Request
 
-from monitoring.metrics import GENERATED_TOKENS, GENERATION_DURATION, GENERATION_REQUESTS, GENERATION_TTFT, PROMPT_TOKENS
+from monitoring.metrics import (
+    CACHED_TOKENS,
+    FINISH_REASONS,
+    GENERATED_TOKENS,
+    GENERATION_DURATION,
+    GENERATION_FINISHED,
+    GENERATION_ITL,
+    GENERATION_PROMPT_SIZE,
+    GENERATION_REPLY_SIZE,
+    GENERATION_REQUESTS,
+    GENERATION_TTFT,
+    PROMPT_TOKENS,
+)
 from serving import record
+from serving.admission import estimated_tokens
 from serving.engines.abilities import Abilities
 from serving.engines.contract import Chat, Engine, Launch
+from serving.prices import UNKNOWN, Price
 from serving.problems import BadRequest, EngineDown, EngineSilent, from_engine
 from serving.supervisor import Supervisor
 from serving.visit import VISIT
@@ -47,18 +61,23 @@ class ClientGone(Exception):
 class Meter:
     """Measures one generation: `async with` it, show it each chunk or the whole completion.
 
-    The time to first token is measured on streams only: a completion in one piece does not show when it began. The key of the
-    current request is charged for the tokens; for a stream that ends early, the pieces that came and the estimated prompt.
+    The times to the first token and between tokens are measured on streams only: a completion in one piece does not show them.
+    The key of the current request is charged for the tokens; for a stream that ends early, the pieces that came and the estimated
+    prompt.
     """
 
     def __init__(self, model: str) -> None:
         self.model, self.began = model, time.perf_counter()
         self.first_token: float | None = None
         self.usage: dict[str, int] = {}
+        self.cached_tokens = 0
+        self.price, self.prompt_estimate = UNKNOWN, 0
         self.finish_reasons: list[str] = []
         self.pieces = 0
         self.visit = VISIT.get(None)
         self._record = record.current()
+        self._newest = 0.0
+        self._between = GENERATION_ITL.labels(model=model)
 
     def see(self, event: Mapping[str, Any]) -> None:
         """Take the first token's time and the token counts from a chunk."""
@@ -66,9 +85,13 @@ class Meter:
         if not _has_token(event):
             return
         self.pieces += 1
+        now = time.perf_counter()
         if self.first_token is None:
-            self.first_token = time.perf_counter()
-            GENERATION_TTFT.labels(model=self.model).observe(self.first_token - self.began)
+            self.first_token = now
+            GENERATION_TTFT.labels(model=self.model).observe(now - self.began)
+        else:
+            self._between.observe(now - self._newest)
+        self._newest = now
 
     def count(self, event: Mapping[str, Any]) -> None:
         """Take the token counts, and why each reply ended, from a chunk or completion."""
@@ -76,6 +99,7 @@ class Meter:
             self.usage = {
                 key: int(event["usage"].get(key) or 0) for key in ("prompt_tokens", "completion_tokens", "total_tokens")
             }
+            self.cached_tokens = int((event["usage"].get("prompt_tokens_details") or {}).get("cached_tokens") or 0)
         self.finish_reasons += [choice["finish_reason"] for choice in event.get("choices", ()) if choice.get("finish_reason")]
 
     async def __aenter__(self) -> Meter:
@@ -85,15 +109,28 @@ class Meter:
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         """Count the generation by how it ended."""
-        GENERATION_REQUESTS.labels(model=self.model, outcome=_outcome(kind)).inc()
-        PROMPT_TOKENS.labels(model=self.model).inc(self.usage.get("prompt_tokens", 0))
-        GENERATED_TOKENS.labels(model=self.model).inc(self.usage.get("completion_tokens", self.pieces))
+        outcome = _outcome(kind)
+        GENERATION_REQUESTS.labels(model=self.model, outcome=outcome).inc()
+        if self.usage or self.pieces or outcome == "cancelled":
+            self._count_tokens(self.usage or {"prompt_tokens": self.prompt_estimate, "completion_tokens": self.pieces})
         if self.visit:
             self.visit.spend(self.usage.get("total_tokens", self.visit.prompt_tokens + self.pieces))
         if kind is None:
             GENERATION_DURATION.labels(model=self.model).observe(time.perf_counter() - self.began)
         ttft = self.first_token - self.began if self.first_token else None
         self._record.end_generation(self.usage, self.finish_reasons, ttft, error)
+
+    def _count_tokens(self, usage: Mapping[str, int]) -> None:
+        """Count what was read and written, and what that costs."""
+        prompt, reply = usage["prompt_tokens"], usage["completion_tokens"]
+        PROMPT_TOKENS.labels(model=self.model).inc(prompt)
+        GENERATED_TOKENS.labels(model=self.model).inc(reply)
+        CACHED_TOKENS.labels(model=self.model).inc(min(self.cached_tokens, prompt))
+        GENERATION_PROMPT_SIZE.labels(model=self.model).observe(prompt)
+        GENERATION_REPLY_SIZE.labels(model=self.model).observe(reply)
+        for reason in self.finish_reasons or ["none"]:
+            GENERATION_FINISHED.labels(model=self.model, reason=reason if reason in FINISH_REASONS else "none").inc()
+        self.price.charge(self.model, prompt, reply)
 
 
 def _connections() -> ClientSession:
@@ -138,8 +175,10 @@ class Route:
 class Upstream:
     """Sends requests to the engine over one pool of connections; `async with` it while the gateway runs."""
 
-    def __init__(self, engine: Engine, launch: Launch, supervisor: Supervisor, silence_seconds: float) -> None:
-        self.engine, self.silence_seconds = engine, silence_seconds
+    def __init__(
+        self, engine: Engine, launch: Launch, supervisor: Supervisor, silence_seconds: float, price: Price = UNKNOWN
+    ) -> None:
+        self.engine, self.silence_seconds, self.price = engine, silence_seconds, price
         self.route = Route(launch, supervisor, silence_seconds)
         self._abilities: Abilities | None = None
 
@@ -194,7 +233,9 @@ class Upstream:
 
     async def complete(self, body: Mapping[str, Any], path: str = CHAT_PATH) -> dict[str, Any]:
         """Return one completion, of a chat or, with the other path, of a text."""
-        async with Meter(body["model"]) as meter, self._sent(body, path) as reply:
+        meter = Meter(body["model"])
+        meter.price, meter.prompt_estimate = self.price, estimated_tokens(body)
+        async with meter, self._sent(body, path) as reply:
             completion: dict[str, Any] = json.loads(await reply.aread())
             meter.count(completion)
             return completion | {"model": body["model"]}  # llama.cpp names the base whatever answered
@@ -203,6 +244,7 @@ class Upstream:
         """Yield the chunks of a streamed completion; the last one carries `usage`."""
         asked = {**body, "stream": True, "stream_options": {"include_usage": True}}
         route = self.route
+        meter.price, meter.prompt_estimate = self.price, estimated_tokens(body)
         async with meter, self._sent(asked, path) as reply:
             async for line in reply.aiter_lines():
                 data = line.removeprefix("data:").strip() if line.startswith("data:") else ""

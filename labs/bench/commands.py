@@ -115,6 +115,27 @@ def answers(
 
 
 @bench_app.command()
+def watch(
+    requests: Annotated[int, typer.Option(min=100, help="Requests of strangers, with names made up for each.")] = 10_000,
+) -> None:
+    """Measure what watching costs: series after many made-up names, time and processor time of a scrape.
+
+    Example: llmlab bench watch --requests 2000
+    """
+    from labs.bench import watch as bench
+    from labs.screen import json_line, table
+
+    document = bench.bench_watch(requests)
+    rows = [
+        ("series", document["series_after"], f"at most {bench.MOST_SERIES}"),
+        ("longest scrape", f"{document['scrape_max_seconds'] * 1000:.0f} ms", f"under {bench.MOST_SCRAPE_SECONDS * 1000:.0f} ms"),
+        ("share of a core", f"{document['cpu_share_of_a_core']:.2%}", f"under {bench.MOST_CPU_SHARE:.0%}"),
+    ]
+    table(f"Watching, after {requests} requests", ["what", "measured", "wanted"], rows)
+    json_line(document)
+
+
+@bench_app.command()
 def guard(
     rounds: Annotated[int, typer.Option(min=10, help="How often each figure is taken.")] = 200,
 ) -> None:

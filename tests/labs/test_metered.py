@@ -90,7 +90,7 @@ def scrape(url: str) -> Scrape:
     with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(url, timeout=5) as response:
         text = response.read().decode()
     families = text_string_to_metric_families(text)
-    samples = [s for family in families for s in family.samples if s.name.startswith("llmlab_") and "_created" not in s.name]
+    samples = [s for family in families for s in family.samples if s.name.startswith("llmlab_training_")]
     assert all(s.labels == LABELS for s in samples)
     return {s.name: s.value for s in samples}
 

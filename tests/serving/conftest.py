@@ -31,6 +31,7 @@ TUNED = f"{MODEL}-tuned"
 SETTINGS = [
     "port=0", "engine_port=0", "engine=llamacpp", "context_tokens=1024", "slots.llamacpp=2", "max_question_chars=600",
     "restart.first_delay_seconds=0.3", "keys=null", "restart.open_after_failures=50",
+    "prices.prompt=0.05", "prices.reply=0.2",
 ]  # fmt: skip
 PAGES = {
     "vela.md": "# Vela\n\nVela is a language model. It was made by Orion Labs and has 9 billion parameters.\n",

@@ -8,11 +8,13 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from pipelines.hardware import VLLM_PYTHON
 from pipelines.runs import Run
 from serving.access import ADMIN_VARIABLE
 from serving.launch import Running, running
+from tests.monitoring.conftest import ENGINE_NAMES
 from tests.serving.conftest import MODEL, TUNED, environment, serve_config, wait_until
 
 CHAT = [{"role": "user", "content": "Write the numbers from one to ten."}]
@@ -41,6 +43,15 @@ def check_adapters_come_and_go(served: Running, other_run: Run, answers: dict[st
     assert served.service.supervisor._process is process
 
 
+def check_metrics_have_the_names_that_the_rules_read(served: Running) -> None:
+    """Every series of vLLM in the rules is there, under the name of today or the one before."""
+    text = httpx.get(f"{served.url}/metrics/engine", trust_env=False, timeout=10).text
+    exported = {sample.name for family in text_string_to_metric_families(text) for sample in family.samples}
+    missing = {name for name in ENGINE_NAMES if name.startswith("vllm:")} - exported
+    older = {"vllm:time_per_output_token_seconds_bucket", "vllm:time_per_output_token_seconds_sum", "vllm:gpu_cache_usage_perc"}
+    assert missing <= older, missing
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.skipif(not VLLM_PYTHON.exists(), reason=".venv-vllm does not exist: make setup-vllm")
@@ -62,3 +73,4 @@ def test_vllm_serves_base_and_adapters_through_the_gateway(tuned_run: Run, other
         ).json()
         assert [p["title"].split(" ")[0] for p in reply["passages"]][0] == "Vela"
         assert reply["model"] == TUNED and reply["timings"]["ttft_seconds"] > 0
+        check_metrics_have_the_names_that_the_rules_read(served)
