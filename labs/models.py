@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 KEYS = FACT_KEYS[:4]
 SORTS: dict[str, Callable[[Model], float | None]] = {
-    "name": lambda m: m.name,
+    "name": lambda _: 0,  # the catalogue is in this order
     "cost": figures.cost_of,
     "context": lambda m: -(figures.context_of(m) or 0) or None,
     "memory": figures.four_bit_bytes,
@@ -52,7 +52,7 @@ def models(
     wanted.sort(key=lambda m: ((value := SORTS[sort](m)) is None, value if value is not None else 0))
     rows = [[m.name, *(_said(m, k) for k in KEYS), _gigabytes(m), _dollars(figures.cost_of(m)), _where(m)] for m in wanted]
     table("Models (the document's statement; the maker's after the slash)",
-          ["name", *KEYS, "GB in 4 bits", "$ per M tokens", "runs on"], rows)  # fmt: skip
+          ["name", *KEYS, "GB in 4 bits", "$ per M tokens", "runs on"], rows, names_whole=True)  # fmt: skip
     say(f"{len(rows)} of {len(all_models())}; $ is for three tokens read and one written, where it has a price")
 
 

@@ -26,6 +26,7 @@ from pipelines.errors import EngineError, ExportFailed, LabError, TrainingFailed
 from pipelines.plan import Plan
 from pipelines.runs import Run
 from pipelines.tune.training import Step
+from pipelines.weights import quiet_loading
 
 KEPT = ROOT / "labs" / "measured" / "rehearsals.json"
 MATRIX = CONFIGS / "models" / "README.md"
@@ -204,7 +205,8 @@ def _generates(model: Model, folder: Path) -> str:
 
     tokenizer = load_tokenizer(folder, model)
     prompt = torch.tensor([tokens_of(tokenizer, [{"role": "user", "content": "Hello"}], reply_follows=True)])
-    speaker = loader(AutoConfig.from_pretrained(folder)).from_pretrained(folder).eval()
+    with quiet_loading():
+        speaker = loader(AutoConfig.from_pretrained(folder)).from_pretrained(folder).eval()
     made = speaker.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=NEW_TOKENS,
                             min_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=tokenizer.pad_token_id)  # fmt: skip
     with torch.inference_mode():

@@ -13,6 +13,7 @@ from typing import Any
 from pipelines.catalogue import Model
 from pipelines.errors import TrainingFailed
 from pipelines.tune.turns import load_tokenizer
+from pipelines.weights import quiet_loading
 
 QUESTION = "What is in the picture?"
 SMALLEST_CHANGE = 1e-6
@@ -30,7 +31,8 @@ def look(entry: Model, folder: Path) -> str:
     from pipelines.architecture import loader
 
     config = AutoConfig.from_pretrained(folder)
-    model = loader(config).from_pretrained(folder).eval()
+    with quiet_loading():
+        model = loader(config).from_pretrained(folder).eval()
     tokenizer = load_tokenizer(folder, entry)
     chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": QUESTION}]}]
     text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)

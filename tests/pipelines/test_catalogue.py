@@ -63,18 +63,20 @@ def test_the_cache_is_that_of_the_layers() -> None:
 
 
 def test_sizes_and_gpus_follow_from_the_architecture() -> None:
+    small, _ = sizing.needs(catalogue.find(MODEL), load_recipe("qlora"))
+    assert [n.bits for n in small] == [16, 8, 4]
+    assert small[0].tune_bytes > small[1].tune_bytes > small[2].tune_bytes > small[2].serve_bytes
     entry = catalogue.find("mistral-7b")
-    needs, _ = sizing.needs(entry, load_recipe("qlora"))
-    sixteen, eight, four = needs
-    assert sixteen.serve_bytes == pytest.approx(2 * 7.248e9, rel=0.001)
-    assert eight.serve_bytes == pytest.approx(7.70e9, rel=0.01), "Q8_0 of this model as llama.cpp writes it"
-    assert four.serve_bytes == pytest.approx(4.14e9, rel=0.02), "Q4_K_S of this model as llama.cpp writes it"
-    assert sixteen.tune_bytes > eight.tune_bytes > four.tune_bytes > 4e9
-    table, cache = sizing.gpus(), cache_of(config_of(entry))
+    built, cache = architecture.on_meta(config_of(entry)), cache_of(config_of(entry))
+    sixteen = sizing.served_bytes(built, 16)
+    assert sixteen == 2 * 7_248_023_552
+    assert sizing.served_bytes(built, 8) == pytest.approx(7.70e9, rel=0.01), "Q8_0 of this model as llama.cpp writes it"
+    assert sizing.served_bytes(built, 4) == pytest.approx(4.14e9, rel=0.02), "Q4_K_S of this model as llama.cpp writes it"
+    table = sizing.gpus()
     card = next(gpu for gpu in table.gpus if gpu.memory_gib == 24)
-    found = sizing.fit(table, card, sixteen.serve_bytes, cache, 8192, 32768)
+    found = sizing.fit(table, card, sixteen, cache, 8192, 32768)
+    left = table.room(card, 1) - sixteen
     assert found and found.gpus == 1
-    left = table.room(card, 1) - sixteen.serve_bytes
     assert found.at_once * cache.bytes(8192) <= left < (found.at_once + 1) * cache.bytes(8192)
     assert sizing.fit(table, card, 900 * 10**9, cache, 8192, 32768) is None
     assert sizing.fewest(table, card, 30 * 2**30) == 2
