@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal
 import typer
 from typer.core import TyperGroup
 
+from labs import models as catalogue_screen
 from labs.bench.commands import bench_app
 from labs.dashboards import dashboards_app
 from labs.data import data_app
@@ -71,43 +72,30 @@ def doctor() -> None:
     say("everything that the lab needs is here")
 
 
-@app.command()
-def models() -> None:
-    """List the catalogue."""
-    from labs.screen import table
-    from pipelines.catalogue import FACT_KEYS, all_models
-
-    keys = FACT_KEYS[:4]
-    rows = [
-        [m.name, *(_said(m.facts[k]) if k in m.facts else "" for k in keys), "yes" if m.runnable else ""] for m in all_models()
-    ]
-    table("Models (the document's statement; the maker's after the slash)", ["name", *keys, "runs here"], rows)
+app.command()(catalogue_screen.models)
+app.command()(catalogue_screen.show)
+app.command()(catalogue_screen.choose)
+app.command()(catalogue_screen.plan)
 
 
 @app.command()
-def show(name: ModelName) -> None:
-    """Show what the catalogue knows about a model: the document's statements beside the maker's."""
-    from labs.screen import table
-    from pipelines.catalogue import find
+def rehearse(names: Annotated[list[str] | None, typer.Argument(help="Open models; all if none is given.")] = None) -> None:
+    """Take open models through their whole life, shrunk and with random weights, and write configs/models/README.md.
 
-    model = find(name)
-    table(
-        model.title, ["fact", "the document", "the maker"], [(k, f.document or "", f.maker or "") for k, f in model.facts.items()]
-    )
-    if model.weights:
-        table("Weights", ["field", "value"], list(model.weights.model_dump().items()))
+    About a minute for each model; it ends with status 1 if a step fails. Example: llmlab rehearse gemma-3 mixtral-8x7b
+    """
+    from labs.rehearse import COLUMNS, TITLES
+    from labs.rehearse import rehearse as run
+    from labs.screen import json_line, say, table
+    from pipelines import catalogue
 
-
-@app.command()
-def plan(name: ModelName, recipe: Annotated[str | None, typer.Argument()] = None, set_: Overrides = None) -> None:
-    """Show what tuning a model needs, against this machine; no weights are loaded. Example: llmlab plan mistral-7b qlora."""
-    from labs.screen import say, table
-    from pipelines.tune.finetune import Job, plan_of
-
-    made = plan_of(Job(name, recipe, set_ or ()))
-    table(f"Plan: {name}, {made.method}", ["what", "need"], made.rows())
-    made.check()
-    say("it fits")
+    models = [catalogue.runnable(name) for name in names or []] or [m for m in catalogue.all_models() if m.runnable]
+    found = run(models, say)
+    table("Rehearsals", ["model", *(TITLES[c] for c in COLUMNS)],
+          [[name, *(cells[c].state for c in COLUMNS)] for name, cells in found.items()])  # fmt: skip
+    json_line({name: {column: cell.state for column, cell in cells.items()} for name, cells in found.items()})
+    if any(cell.state == "fails" for cells in found.values() for cell in cells.values()):
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -211,8 +199,11 @@ def export(
     name: ModelName = "smollm2-135m",
     run: Annotated[str | None, typer.Option(help="Id of a finetune run; the newest if not given.")] = None,
     quantisation: Annotated[
-        str, typer.Option(help="Of the GGUF file: f16, q8_0, q6_k, q5_k, q5_1, q5_0, q4_k, q4_1, q4_0; none makes no GGUF.")
-    ] = "q8_0",
+        str | None,
+        typer.Option(
+            help="Of the GGUF file: f16, q8_0, q6_k, q5_k, q5_1, q5_0, q4_k, q4_1, q4_0, or none; the model's own if not given."
+        ),
+    ] = None,
 ) -> None:
     """Make a tuned model a model of its own: merged, as GGUF, quantised, with a Modelfile for Ollama.
 
@@ -221,11 +212,14 @@ def export(
     Examples: llmlab export; llmlab export smollm2-135m --quantisation q4_1; ollama create mine -f RUN/Modelfile
     """
     from labs.screen import CountScreen, json_line, say, table
-    from pipelines.export.job import DIVERGENCE_FILE, STEPS
+    from pipelines import catalogue
+    from pipelines.export.job import DIVERGENCE_FILE, NONE, STEPS
     from pipelines.export.job import export as make
 
+    serving = catalogue.runnable(name).serving
+    chosen = quantisation or (serving.quantisation if serving else NONE)
     with CountScreen() as screen:
-        made = make(tuned_run(name, run), quantisation, screen.update)
+        made = make(tuned_run(name, run), chosen, screen.update)
     rows = [(step, f"{d['mean']:.2e}", f"{d['worst']:.2e}", f"{d['same_first_choice']:.0%}")
             for step in STEPS if (d := made.json(DIVERGENCE_FILE).get(step))]  # fmt: skip
     table("Divergence from the step before (KL in nats)", ["step", "mean", "worst", "same first choice"], rows)
@@ -316,10 +310,6 @@ def demo(recipe: Annotated[str, typer.Option(help="The recipe to tune with.")] =
     from labs.demo import demo as run_demo
 
     run_demo(recipe)
-
-
-def _said(fact: Any) -> str:
-    return " / ".join(s for s in (fact.document, fact.maker) if s)
 
 
 def _set_up_libraries() -> None:

@@ -59,7 +59,9 @@ def runs_show(run_id: str) -> None:
     weights = config.get("model", {}).get("weights") or {}
     passport = [("this run", run.kind, run.id, run.fingerprint[:16])]
     passport += [("made from", i["kind"], i["id"], i["fingerprint"][:16]) for i in run.inputs]
-    passport += [("base", weights["hub"], weights["revision"][:12], weights.get("package") or "")] if weights else []
+    passport += (
+        [("base", weights["hub"], (weights["revision"] or "not pinned")[:12], weights.get("package") or "")] if weights else []
+    )
     table("Passport", ["", "kind", "id", "fingerprint"], passport)
 
 

@@ -24,11 +24,11 @@ def say(text: str) -> None:
     ERR.print(text, markup=False)
 
 
-def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """Print a table on stdout."""
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], *, names_whole: bool = False) -> None:
+    """Print a table on stdout; with `names_whole` no cell of the first column is folded."""
     shown = Table(title=title, title_justify="left")
-    for column in columns:
-        shown.add_column(column, overflow="fold")
+    for place, column in enumerate(columns):
+        shown.add_column(column, overflow="fold", no_wrap=names_whole and not place)
     for row in rows:
         shown.add_row(*(f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in row))
     Console(width=max(OUT.width, 100), highlight=False).print(shown, markup=False)

@@ -1,13 +1,14 @@
 """The catalogue: one file for each model of the document, read from configs/models/*.yaml.
 
-A model has facts (what the document says and, where it differs or is silent, what the maker published). A model that
-can be run here also has weights, a recipe and a rehearsal size. See `llmlab models` and `llmlab show NAME`.
+A model has facts (what the document says and, where it differs or is silent, what the maker published). An open model also
+has weights, the configuration of its architecture, how it is tuned and served, and a size to rehearse it in. A sibling says
+`like: NAME` and what differs. Adding a model is adding a file. See `llmlab models` and `llmlab show NAME`.
 """
 
 from __future__ import annotations
 
 from functools import cache
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -20,6 +21,8 @@ FACT_KEYS = (
 )  # fmt: skip
 
 
+RUNNABLE = ("weights", "context_tokens", "config", "tuning", "serving", "chat_template", "rehearsal")
+REVISION = r"^[0-9a-f]{40}$"
 PROVIDER_MODEL = r"^[a-z][a-z0-9_]*:[A-Za-z0-9][\w./:@-]*$"  # provider:model, as LangChain's init_chat_model takes it
 
 
@@ -36,77 +39,80 @@ class Fact(Config):
         return self
 
 
-class Dimensions(Config):
-    """Shape of a decoder: enough to build it on the meta device or shrunk."""
-
-    architecture: Literal["LlamaForCausalLM", "MistralForCausalLM"]
-    layers: int = Field(gt=0)
-    hidden: int = Field(gt=0)
-    intermediate: int = Field(gt=0)
-    heads: int = Field(gt=0)
-    kv_heads: int = Field(gt=0)
-    vocabulary: int = Field(gt=0)
-    tied_embeddings: bool
-    context_tokens: int = Field(gt=0)
-    rope_theta: float = Field(gt=0)
-
-    @property
-    def kv_bytes_per_token(self) -> int:
-        """Return the size of keys and values of one token in 16 bits: two for each layer, as wide as the KV heads."""
-        return 2 * 2 * self.layers * self.kv_heads * (self.hidden // self.heads)
-
-
 class HubFiles(Config):
     """A hub repository at a pinned revision."""
 
     hub: str = Field(pattern=r"^[\w.-]+/[\w.-]+$")
-    revision: str = Field(pattern=r"^[0-9a-f]{40}$")
+    revision: str = Field(pattern=REVISION)
     download_bytes: int = Field(gt=0)
 
 
-class Weights(HubFiles):
-    """Where the weights come from: a hub repository at a pinned revision and, if one ships it, a Python package."""
+class Weights(Config):
+    """Where the weights come from: a hub repository and, if one ships it, a Python package."""
 
+    hub: str = Field(pattern=r"^[\w.-]+/[\w.-]+$")
+    revision: str | None = Field(default=None, pattern=REVISION, description="none: the newest is fetched, and its commit kept")
+    parameters_billions: float = Field(gt=0, description="as published; a test holds the architecture to it")
+    download_bytes: int | None = Field(default=None, gt=0, description="none: 16 bits for each parameter")
     package: str | None = None
     package_file: str | None = None
     license_gate: Literal["none", "acceptable-use", "non-commercial", "research-only"]
+
+    @property
+    def size_bytes(self) -> int:
+        """Return what has to be fetched, or the nearest to it that is known."""
+        return self.download_bytes or round(self.parameters_billions * 2e9)
 
 
 class Tuning(Config):
     """How the model is tuned when the user names no recipe."""
 
     recipe: str
-    target_modules: list[str] = Field(min_length=1)
+    target_modules: list[str] = Field(min_length=1, description="projections that get an adapter")
+    expert_parameters: list[str] = Field(default=[], description="stacked weights of experts that get one too")
+    frozen: list[str] = Field(default=[], description="parts of the model that get none, whatever their projections are called")
+
+
+class Serving(Config):
+    """Which engines know the architecture, and the GGUF quantisation that an export makes by default."""
+
+    engines: list[Literal["llamacpp", "vllm"]]
+    quantisation: str
 
 
 class SpecialTokens(Config):
-    """The tokens that a chat template relies on."""
+    """The tokens that a chat template relies on; `others` are those that begin and end a turn, or stand for an image."""
 
-    bos: str
+    bos: str | None
     eos: str
-    unknown: str
+    unknown: str | None
+    pad: str | None = None
+    others: list[str] = []
+    named: dict[str, str] = Field(default={}, description="of these, the ones that a processor of images asks for by a name")
 
 
 class Rehearsal(Config):
-    """The size to which the architecture is shrunk when there are no weights."""
+    """What is put over `config` when there are no weights, and how the family cuts text into tokens."""
 
-    layers: int = Field(gt=0)
-    hidden: int = Field(gt=0)
-    intermediate: int = Field(gt=0)
-    heads: int = Field(gt=0)
-    kv_heads: int = Field(gt=0)
-    chat_template: str
+    config: dict[str, Any]
+    tokenizer: Literal["bytes", "pieces"] = Field(description="byte-level BPE as GPT-2's, or SentencePiece's with byte fallback")
     special_tokens: SpecialTokens
+    token_ids: dict[str, str] | None = Field(default=None, description="fields of `config` that are the id of a token")
 
 
 class Model(Named):
-    """A catalogue entry."""
+    """A catalogue entry; one that is `like` another is a sibling of it, and no row of the document."""
 
     title: str
+    like: str | None = None
     facts: dict[str, Fact]
+    modality: list[Literal["text", "image"]] = Field(min_length=1, description="what it reads")
     weights: Weights | None = None
-    dimensions: Dimensions | None = None
+    context_tokens: int | None = Field(default=None, gt=0, description="longest text that it was made for")
+    config: dict[str, Any] | None = Field(default=None, description="of transformers, with its model_type")
     tuning: Tuning | None = None
+    serving: Serving | None = None
+    chat_template: str | None = None
     rehearsal: Rehearsal | None = None
     provider: str | None = Field(default=None, pattern=PROVIDER_MODEL, description="its id where it is had through an API only")
 
@@ -115,12 +121,17 @@ class Model(Named):
         unknown = sorted(set(self.facts) - set(FACT_KEYS))
         if unknown:
             raise ValueError(f"unknown facts {unknown}; known: {', '.join(FACT_KEYS)}")
+        if self.config is not None and not isinstance(self.config.get("model_type"), str):
+            raise ValueError("config needs a model_type, by which transformers knows the architecture")
+        if self.weights and not self.runnable:
+            missing = [name for name in RUNNABLE if getattr(self, name) is None]
+            raise ValueError(f"an open model needs {', '.join(missing)} too")
         return self
 
     @property
     def runnable(self) -> bool:
-        """True if the entry says how to obtain, tune and rehearse the model."""
-        return None not in (self.weights, self.dimensions, self.tuning, self.rehearsal)
+        """True if the entry says how to obtain, tune and rehearse the model; so it is open."""
+        return all(getattr(self, name) is not None for name in RUNNABLE)
 
     @property
     def default_recipe(self) -> str:
@@ -151,6 +162,11 @@ def find(name: str) -> Model:
 def all_models() -> list[Model]:
     """Return every model of the catalogue, by name."""
     return [find(name) for name in names("models")]
+
+
+def document_rows() -> list[Model]:
+    """Return the rows of the document, by name: every model that is not a sibling of another."""
+    return [model for model in all_models() if model.like is None]
 
 
 def runnable(name: str) -> Model:

@@ -47,6 +47,8 @@ E = TypeVar("E", bound=Named)
 def load(path: Path, kind: type[C], overrides: Sequence[str] = ()) -> C:
     """Read one YAML file into `kind`.
 
+    A file that says `like: NAME` is that file of its folder with its own fields put over it.
+
     Args:
         path: the YAML file.
         kind: the Config class that describes it.
@@ -55,7 +57,7 @@ def load(path: Path, kind: type[C], overrides: Sequence[str] = ()) -> C:
     Raises:
         ConfigError: the file is missing, is not a YAML mapping, or does not fit `kind`; lists all problems.
     """
-    tree = read_mapping(path)
+    tree = _with_like(path)
     for override in overrides:
         _apply(tree, override)
     try:
@@ -118,6 +120,26 @@ def unknown(noun: str, name: str, valid: Iterable[str]) -> UnknownName:
     nearest = difflib.get_close_matches(name.lower(), choices, n=1, cutoff=0.0)
     hint = f"did you mean {nearest[0]}?" if nearest else ""
     return UnknownName(f"there is no {noun} named {name!r}", "one of " + (", ".join(choices) or "(none yet)"), hint)
+
+
+def _with_like(path: Path, seen: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Return a file's mapping, over that of the file it says it is like."""
+    tree = read_mapping(path)
+    like = tree.get("like")
+    if like is None:
+        return tree
+    if not isinstance(like, str) or like in (*seen, path.stem) or like not in (p.stem for p in path.parent.glob("*.yaml")):
+        raise ConfigError(
+            f"{_short(path)} is like {like!r}", "the name of another file in its folder", f"ls {_short(path.parent)}"
+        )
+    return _over(_with_like(path.with_name(f"{like}.yaml"), (*seen, path.stem)), tree)
+
+
+def _over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Put one mapping over another: groups are put together, values and lists replaced."""
+    both = {key: _over(below[key], value) if isinstance(value, dict) and isinstance(below.get(key), dict) else value
+            for key, value in above.items()}  # fmt: skip
+    return below | both
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:

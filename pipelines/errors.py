@@ -92,6 +92,10 @@ class TrainingFailed(LabError):
     """Training ended with a model that must not be used: no supervised token, no effect, or a loss that is not finite."""
 
 
+class Unsupported(LabError):
+    """A library that this is built on cannot do this with this architecture."""
+
+
 class ExportFailed(LabError):
     """A tuned model could not be merged, converted or quantised into one that answers as it did."""
 

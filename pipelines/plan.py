@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pipelines import weights
+from pipelines.architecture import Cache, cache_of, config_of, layers_of, on_meta
 from pipelines.catalogue import Model
 from pipelines.errors import PlanDoesNotFit
 from pipelines.hardware import Machine
@@ -63,7 +64,7 @@ class Plan:
     fixed_bytes: int
     mapped_bytes: int
     processes: int
-    kv_bytes_per_token: int
+    cache: Cache
     available_memory_bytes: int
     download_bytes: int
     run_bytes: int
@@ -125,7 +126,7 @@ class Plan:
             ("activations", f"{_gb(self.activation_bytes)} (largest step: {at_once})"),
             ("runtime", _gb(self.fixed_bytes)),
             ("memory", f"{_gb(self.all_memory_bytes)}{each} of {_gb(self.available_memory_bytes)} available on {self.device}"),
-            ("KV cache, to serve", f"{1000 * self.kv_bytes_per_token / 1e6:.0f} MB for 1000 tokens"),
+            ("KV cache, to serve", f"{self.cache.bytes(1000) / 1e6:.0f} MB for 1000 tokens"),
             ("disk", f"{_gb(self.download_bytes)} to fetch, {_gb(self.run_bytes)} to write, {_gb(self.free_disk_bytes)} free"),
             ("time", f"about {_duration(self.seconds)} on this {self.device}"),
             ("licence gate", self.license_gate),
@@ -147,17 +148,15 @@ def make_plan(entry: Model, recipe: Recipe, machine: Machine, device: str, *, on
         processes: how many hold all of it, or of the frozen layers a share each, if the recipe says so.
         steps: what is learnt, if the tokenizer is at hand; None takes the most that the recipe allows.
     """
-    assert entry.dimensions and entry.weights  # runnable
+    assert entry.weights  # runnable
     s = recipe.schedule
-    model = meta_model(entry, recipe, lora)
-    total, in_nf4, trained = _count(model, quantised=quantised)
-    batch = largest(steps, s.sequences_at_once) if steps else Batch(s.sequences_at_once, s.max_tokens, round(
-        LABEL_SHARE * s.sequences_at_once * s.max_tokens))  # fmt: skip
+    model = meta_model(entry, recipe, lora, experts=True)
+    total, in_nf4, trained = count_parameters(model, quantised=quantised)
+    batch = largest(steps, s.sequences_at_once) if steps else largest_of(recipe)
     size = 2 if device == "cuda" else 4
     spread = _spread(model, processes) if s.shard_weights and processes > 1 else 0
     base = total if recipe.method == "full" else total - trained
     own = 0 if recipe.method == "full" else trained
-    d = entry.dimensions
     tokens = sum(len(p.tokens) for step in steps for p in step) if steps else _expected_tokens(recipe)
     passes = 6 if recipe.method == "full" else 4
     speed = measured_flops(device) * (MATMUL_SHARE if device == "cpu" else 1)
@@ -165,12 +164,12 @@ def make_plan(entry: Model, recipe: Recipe, machine: Machine, device: str, *, on
         model=entry.name, method=recipe.method, device=device, parameters=base, quantised_parameters=in_nf4,
         trained_parameters=trained, batch=batch, weight_bytes=int(in_nf4 * NF4_BITS / 8 + (base - in_nf4 - spread) * size),
         adapter_bytes=4 * own, gradient_bytes=4 * trained, optimiser_bytes=8 * trained,
-        activation_bytes=activation_bytes(model, batch, size),
+        activation_bytes=step_bytes(entry, recipe, lora, batch, size),
         mapped_bytes=_file_bytes(entry) * in_nf4 // base if device == "cpu" else 0,
         fixed_bytes=RUNTIME_BYTES + WORKSPACE_BYTES if device == "cpu" else 0, processes=processes,
-        kv_bytes_per_token=d.kv_bytes_per_token,
+        cache=cache_of(config_of(entry)),
         available_memory_bytes=_free_gpu_memory() if device == "cuda" else machine.free_memory_bytes,
-        download_bytes=0 if on_disk else entry.weights.download_bytes, run_bytes=(2 * 12 + 2 * 4) * trained,
+        download_bytes=0 if on_disk else entry.weights.size_bytes, run_bytes=(2 * 12 + 2 * 4) * trained,
         free_disk_bytes=machine.free_disk_bytes, seconds=passes * base * tokens / speed, license_gate=entry.weights.license_gate,
         way_out=_way_out(entry.name, recipe),
     )  # fmt: skip
@@ -190,6 +189,31 @@ def largest(steps: Sequence[Sequence[Packed]], at_once: int) -> Batch:
     batches = [step[i : i + at_once] for step in steps for i in range(0, len(step), at_once)]
     found = [Batch(len(b), max(len(p.tokens) for p in b), sum(p.supervised for p in b)) for b in batches]
     return max(found, key=lambda b: b.sequences * b.tokens)
+
+
+def largest_of(recipe: Recipe) -> Batch:
+    """Return the batch that takes most memory among all that a recipe allows."""
+    s = recipe.schedule
+    return Batch(s.sequences_at_once, s.max_tokens, round(LABEL_SHARE * s.sequences_at_once * s.max_tokens))
+
+
+def step_bytes(entry: Model, recipe: Recipe, lora: Lora | None, batch: Batch, size: int) -> int:
+    """Return what a step takes beyond weights, gradients and optimiser.
+
+    PEFT makes a copy of experts that have an adapter, which stands until the backward pass has gone by.
+
+    Args:
+        entry: a runnable model.
+        recipe: how it is tuned.
+        lora: shape of the adapter, if the recipe does not say it.
+        batch: what is computed at once.
+        size: bytes of an element.
+    """
+    model = meta_model(entry, recipe, lora)
+    adapted = entry.tuning.expert_parameters if entry.tuning and recipe.method != "full" else []
+    copied: int = sum(p.numel() for name, p in model.named_parameters() if any(name.endswith(f".{e}") for e in adapted))
+    layers: int = len(layers_of(model.get_base_model())) if copied and recipe.schedule.checkpointing else 1
+    return activation_bytes(model, batch, size) + copied * size // layers
 
 
 def activation_bytes(model: Any, batch: Batch, size: int) -> int:
@@ -219,8 +243,9 @@ def activation_bytes(model: Any, batch: Batch, size: int) -> int:
     with torch.autograd.graph.saved_tensors_hooks(note, lambda held: held):
         loss = label_loss(model, inputs)
     assert loss.is_meta
-    logits: int = LOGIT_COPIES * batch.labels * model.get_output_embeddings().weight.shape[0] * 4
-    return int(ACTIVATION_FACTOR * kept.most * size / 4 + logits)
+    output = model.get_output_embeddings().weight
+    logits: int = LOGIT_COPIES * batch.labels * output.shape[0] * 4
+    return int(ACTIVATION_FACTOR * kept.most * size / output.itemsize + logits)
 
 
 class _Kept:
@@ -249,37 +274,44 @@ class _Held:
             self.kept.bytes -= self.size
 
 
-def meta_model(entry: Model, recipe: Recipe, lora: Lora | None = None) -> Any:
-    """Return the real architecture with the recipe's adapter, on the meta device, in float32."""
+def meta_model(entry: Model, recipe: Recipe, lora: Lora | None = None, *, experts: bool = False) -> Any:
+    """Return the real architecture with the recipe's adapter, on the meta device.
+
+    Args:
+        entry: a runnable model.
+        recipe: how it is tuned.
+        lora: shape of the adapter, if the recipe does not say it.
+        experts: those that get an adapter have it; then parameters can be counted, but no step can be traced.
+    """
     import torch
-    import transformers
 
     from pipelines.tune import adapter
-    from pipelines.tune.rehearsal import architecture_config
 
-    assert entry.dimensions  # runnable
+    assert entry.tuning  # runnable
     shape = lora or recipe.lora or (Lora(rank=16, alpha=32, dropout=0.0) if recipe.method == "dpo" else None)
     checkpointing = recipe.schedule.checkpointing
     with torch.device("meta"):
-        model = getattr(transformers, entry.dimensions.architecture)(architecture_config(entry.dimensions))
+        model = on_meta(config_of(entry))
         if shape is None:
             return adapter.ready(model, quantised=False, checkpointing=checkpointing)
-        return adapter.attach(model, shape, entry.target_modules, quantised=False, dora=recipe.method == "dora",
-                              checkpointing=checkpointing)  # fmt: skip
+        return adapter.attach(model, shape, entry.tuning.target_modules, quantised=False, dora=recipe.method == "dora",
+                              checkpointing=checkpointing, experts=entry.tuning.expert_parameters if experts else (),
+                              frozen=entry.tuning.frozen)  # fmt: skip
 
 
-def _count(model: Any, *, quantised: bool) -> tuple[int, int, int]:
+def count_parameters(model: Any, *, quantised: bool) -> tuple[int, int, int]:
     """Return (all parameters, those in projections that become NF4, those that are trained)."""
     import torch
 
-    linear = [m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "lora_" not in n and "lm_head" not in n]
+    plain = [(name, m) for name, m in model.named_modules() if type(m) is torch.nn.Linear]  # no other is what bitsandbytes takes
+    linear = [m for name, m in plain if "lora_" not in name and "lm_head" not in name]
     return (sum(p.numel() for p in model.parameters()), sum(m.weight.numel() for m in linear) if quantised else 0,
             sum(p.numel() for p in model.parameters() if p.requires_grad))  # fmt: skip
 
 
 def _spread(model: Any, processes: int) -> int:
     """Return how many frozen weights of a sharded model a process does not hold: two layers at a time are whole."""
-    layers = model.get_base_model().get_decoder().layers
+    layers = layers_of(model.get_base_model())
     frozen = [sum(p.numel() for p in layer.parameters() if not p.requires_grad) for layer in layers]
     spread: int = sum(frozen) * (processes - 1) // processes - 2 * max(frozen)
     return max(0, spread)

@@ -113,7 +113,8 @@ def obtain(model: Model, *, pull: bool, say: Callable[[str], object]) -> Path:
     reachable, reason = hub_is_reachable()
     if not reachable:
         raise missing(model, f"the hub cannot be reached ({reason})")
-    return fetch(weights, _folder(model), say)
+    revision = weights.revision or _newest(weights.hub, say)
+    return fetch(HubFiles(hub=weights.hub, revision=revision, download_bytes=weights.size_bytes), _folder(model), say)
 
 
 def fetch(source: HubFiles, folder: Path, say: Callable[[str], object]) -> Path:
@@ -146,8 +147,25 @@ def fetch(source: HubFiles, folder: Path, say: Callable[[str], object]) -> Path:
             came = f"the download of {source.hub} stopped: {type(error).__name__}: {error}".splitlines()[0]
             expected = "a reachable hub; HF_TOKEN for a gated model"
             raise WeightsMissing(came, expected, "the same command again resumes") from None
-    (folder / "complete").write_text("every file below this folder was written\n", encoding="utf-8")
+    if not list(folder.glob("*.safetensors")):
+        raise WeightsMissing(f"{source.hub} holds no safetensors, and nothing else is read", "a model in that form",
+                             "convert it elsewhere, and place its files in LLMLAB_MODELS/NAME")  # fmt: skip
+    (folder / "complete").write_text(f"every file of {source.hub} at {source.revision} was written\n", encoding="utf-8")
     return folder
+
+
+def _newest(hub: str, say: Callable[[str], object]) -> str:
+    """Return the newest commit of a repository that the catalogue does not pin; the user is told."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        commit = HfApi(endpoint=os.environ.get("HF_ENDPOINT")).model_info(hub).sha
+    except HfHubHTTPError as error:
+        raise WeightsMissing(f"{hub} cannot be looked up: {type(error).__name__}", "a reachable hub; HF_TOKEN for a gated model",
+                             "the same command again") from None  # fmt: skip
+    say(f"the catalogue pins no revision of {hub}: its newest is taken, {commit}, and nobody has tried that one")
+    return str(commit)
 
 
 @contextmanager
@@ -187,9 +205,10 @@ def missing(model: Model, why: str = "") -> WeightsMissing:
     return WeightsMissing(came, size, way_on)
 
 
-def described(source: HubFiles) -> str:
+def described(source: HubFiles | Weights) -> str:
     """Return which files of a hub are meant, and their size."""
-    return f"{source.hub} at revision {source.revision[:8]}, {_gb(source)}"
+    pinned = f"revision {source.revision[:8]}" if source.revision else "its newest revision"
+    return f"{source.hub} at {pinned}, {_gb(source)}"
 
 
 def _weights(model: Model) -> Weights:
@@ -200,7 +219,8 @@ def _weights(model: Model) -> Weights:
 
 def _folder(model: Model) -> Path:
     packaged = packaged_gguf(model)
-    source = f"gguf-{packaged.stat().st_size:x}-{_head_hash(packaged)}" if packaged else _weights(model).revision[:12]
+    source = f"gguf-{packaged.stat().st_size:x}-{_head_hash(packaged)}" if packaged else (
+        _weights(model).revision or "newest")[:12]  # fmt: skip
     return model_cache() / model.name / source
 
 
@@ -245,8 +265,9 @@ def _publish(temporary: Path, folder: Path) -> Path:
     return folder
 
 
-def _gb(source: HubFiles) -> str:
-    return f"{source.download_bytes / 1e9:.1f} GB"
+def _gb(source: HubFiles | Weights) -> str:
+    size = source.size_bytes if isinstance(source, Weights) else source.download_bytes
+    return f"{size / 1e9:.1f} GB"
 
 
 def _existing(path: Path) -> Path:

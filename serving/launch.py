@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from monitoring.metrics import set_engine
 from pipelines import catalogue
+from pipelines.architecture import cache_of, config_of
 from pipelines.catalogue import Model
 from pipelines.config import ROOT
 from pipelines.errors import ConfigError, EngineError
@@ -200,8 +201,8 @@ def _supervisor(model: Model, config: ServeConfig, choice: Choice, chosen: Chose
         provider=config.provider.model_copy(update={"model": model.provider}),
         speculation=config.speculation,
     )
-    if gpu and model.dimensions:
-        check_room(launch, model.dimensions, min(card.memory_bytes for card in machine.gpus))
+    if gpu and model.config:
+        check_room(launch, cache_of(config_of(model)), min(card.memory_bytes for card in machine.gpus))
     set_engine(choice.choice, choice.reason, launch.slots)
     return Supervisor(engine, launch, config.startup_seconds, config.restart)
 
@@ -242,7 +243,7 @@ def stopped_by_signals() -> Iterator[Callable[[], bool]]:
 
 
 def _check_context(model: Model, config: ServeConfig) -> None:
-    longest = model.dimensions.context_tokens if model.dimensions else config.context_tokens
+    longest = model.context_tokens or config.context_tokens
     if config.context_tokens > longest:
         raise ConfigError(f"context_tokens is {config.context_tokens}", f"at most {longest}, which {model.name} was made for",
                           f"--set context_tokens={longest}")  # fmt: skip

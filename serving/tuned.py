@@ -109,12 +109,13 @@ def adapter_of(run: Run, model: str, name: str = "") -> Adapter:
     """Return the adapter of a run, called `name` or MODEL-tuned; `RunIncomplete` if it has none that engines apply."""
     card = run.json(PROOF_FILE) if (run.path / PROOF_FILE).is_file() else {"servable": {}}
     refusals = [answer for answer in card["servable"].values() if answer != "yes"]
-    if refusals:
+    if refusals and len(refusals) == len(card["servable"]):
         came = f"run {run.id} cannot be served beside its base: {refusals[0].removeprefix('no: ')}"
         way_on = f"llmlab export {model} --run {run.id}, then llmlab serve {model} --adapter with the id of that run"
         raise RunIncomplete(came, "a run of the recipe lora, qlora or dpo", way_on)
     adapter = Adapter(name or tuned_name(model), run)
-    for path in (adapter.peft / "adapter_config.json", adapter.peft / "adapter_model.safetensors", adapter.gguf):
+    gguf = [adapter.gguf] if card["servable"].get("llamacpp", "yes") == "yes" else []
+    for path in (adapter.peft / "adapter_config.json", adapter.peft / "adapter_model.safetensors", *gguf):
         if not path.is_file():
             raise RunIncomplete(
                 f"run {run.id} has no {path.relative_to(run.path)}", "an adapter as PEFT files and as GGUF", "make finetune"
@@ -184,6 +185,7 @@ def _check_kinship(model: Model, run: Run) -> None:
             f"llmlab runs, or llmlab serve {run.model} --adapter {run.id}",
         )
     trained_on = run.json("adapter/adapter_config.json").get("revision") if (run.path / "adapter").is_dir() else None
-    if trained_on and model.weights and trained_on != model.weights.revision:
+    pinned = model.weights.revision if model.weights else None
+    if trained_on and pinned and trained_on != pinned:
         came = f"run {run.id} was trained on revision {trained_on[:8]} of {model.name}"
-        raise FingerprintMismatch(came, f"revision {model.weights.revision[:8]}, which the catalogue pins", "make finetune")
+        raise FingerprintMismatch(came, f"revision {pinned[:8]}, which the catalogue pins", "make finetune")

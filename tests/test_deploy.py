@@ -15,6 +15,7 @@ import yaml
 
 from monitoring.metrics import series_names
 from pipelines import catalogue
+from pipelines.architecture import cache_of, config_of
 from pipelines.config import ROOT
 from pipelines.plan import RUNTIME_BYTES
 from serving.engines.llamacpp import PROMPT_CACHE_MIB
@@ -98,11 +99,9 @@ def test_what_is_in_flight_may_end(config: ServeConfig) -> None:
 def test_memory_is_that_of_the_catalogue(config: ServeConfig) -> None:
     """Weights, the KV cache of all slots, llama.cpp's cache of prompts, and a runtime each for gateway and engine."""
     model = catalogue.runnable(CONTAINER["args"][1])
-    assert model.dimensions and model.weights
-    d = model.dimensions
-    per_token = 2 * d.layers * d.kv_heads * (d.hidden // d.heads) * CACHE_BYTES_PER_VALUE
-    cache = per_token * config.context_tokens * config.slots.llamacpp
-    needed = model.weights.download_bytes + cache + PROMPT_CACHE_MIB * 2**20 + RUNTIME_BYTES
+    assert model.weights
+    cache = cache_of(config_of(model)).bytes(config.context_tokens, CACHE_BYTES_PER_VALUE) * config.slots.llamacpp
+    needed = model.weights.size_bytes + cache + PROMPT_CACHE_MIB * 2**20 + RUNTIME_BYTES
     resources = CONTAINER["resources"]
     assert needed <= bytes_of(resources["requests"]["memory"]) <= bytes_of(resources["limits"]["memory"]) < 3 * needed
 

@@ -133,7 +133,7 @@ def xquad_sets(retriever: Retriever) -> Iterator[Set]:
 
 def knowledge_set(progress: Progress) -> Set:
     """Return questions about the models of the catalogue, on the index that the reader is trained with."""
-    from pipelines.catalogue import all_models
+    from pipelines.catalogue import document_rows
     from pipelines.tune.data import corpora, holding, load_reader, questions_about
 
     progress("knowledge base", 0, 1)
@@ -141,7 +141,7 @@ def knowledge_set(progress: Progress) -> Set:
     _, whole = corpora(config)
     chunks = whole.retriever.index.chunks
     asked = []
-    for model in all_models():
+    for model in document_rows():
         for question in questions_about(model, config):
             right = frozenset(chunks[whole.rows[place]].id for place in holding(whole, question))
             if right:

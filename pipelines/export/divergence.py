@@ -117,8 +117,11 @@ def main(file: str) -> None:
         sys.exit(str(error))
     answers = []
     with httpx.Client(base_url=server.listening_address, trust_env=False, timeout=600) as client:
+        # What is drawn does not touch the probabilities, but a token that is half a letter would be held back with them.
+        drawn = client.post("/tokenize", json={"content": "a"}).raise_for_status().json()["tokens"][-1]
         for prompt in prompts:
-            body = {"prompt": prompt, "n_predict": 1, "n_probs": 1_000_000, "temperature": 0.0, "cache_prompt": False}
+            body = {"prompt": prompt, "n_predict": 1, "n_probs": 1_000_000, "temperature": 0.0, "cache_prompt": False,
+                    "logit_bias": [[drawn, 1000.0]]}  # fmt: skip
             reply = client.post("/completion", json=body).raise_for_status().json()
             found = reply["completion_probabilities"][0]["top_logprobs"]
             answers.append([(item["id"], item["logprob"]) for item in found])

@@ -7,6 +7,7 @@ model for transformers and vLLM, the GGUF file for llama.cpp and Ollama, and div
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ from pipelines.runs import Draft, Run, draft
 from pipelines.tune import adapter, rehearsal, template
 from pipelines.tune.finetune import KIND as FINETUNE
 from pipelines.tune.finetune import MODEL_FOLDER, load_base
+from pipelines.tune.turns import load_tokenizer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -72,14 +74,12 @@ class _Export:
     """The steps, in order; each leaves the table of log-probabilities that the next is compared with."""
 
     def __init__(self, run: Run, entry: Model, base: Path, work: Draft, progress: Progress) -> None:
-        from transformers import AutoTokenizer
-
         self.run, self.entry, self.base, self.work, self.progress = run, entry, base, work, progress
         self.device = hardware.choose_device().choice
         self.method = str(run.json("config.json")["recipe"]["method"])
         self.quantised = bool(run.json("config.json")["quantised"])
         self.folder = work.path / MODEL_FOLDER
-        self.tokenizer = AutoTokenizer.from_pretrained(base)
+        self.tokenizer = load_tokenizer(base, entry)
         self.lock = run.json(template.LOCK_FILE)
         self.prompts = golden_prompts(self.lock, self.tokenizer)
         self.found: dict[str, Divergence] = {}
@@ -115,6 +115,8 @@ class _Export:
         with weights.quiet_loading():
             model.save_pretrained(self.folder)
         self.tokenizer.save_pretrained(self.folder)
+        if (self.base / rehearsal.PIECES_FILE).is_file():
+            shutil.copyfile(self.base / rehearsal.PIECES_FILE, self.folder / rehearsal.PIECES_FILE)
         del model
         self.progress("merging", 2, 3)
         table = of_transformers(load_base(self.folder, self.device, quantised=False), self.prompts)
@@ -154,7 +156,7 @@ class _Export:
                                f"look at {self.work.path}, or another --quantisation")  # fmt: skip
 
     def _context(self) -> int:
-        return self.entry.dimensions.context_tokens if self.entry.dimensions else CONTEXT_TOKENS
+        return self.entry.context_tokens or CONTEXT_TOKENS
 
 
 @contextmanager

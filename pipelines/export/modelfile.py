@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from pipelines.errors import ExportFailed
+from pipelines.tune.turns import end_of_turn
 
 MODELFILE = "Modelfile"
 SYSTEM, QUESTION, REPLY = "\u2045system\u2046", "\u2045question\u2046", "\u2045reply\u2046"
@@ -26,7 +27,7 @@ def modelfile(gguf: str, tokenizer: Any, context_tokens: int) -> str:
     Raises:
         ExportFailed: the template does not put the turns one after the other.
     """
-    end = str(tokenizer.eos_token)
+    end = str(tokenizer.convert_ids_to_tokens(end_of_turn(tokenizer)))
     return (f'FROM ./{gguf}\nTEMPLATE """{go_template(tokenizer)}"""\nPARAMETER stop "{end}"\n'
             f"PARAMETER num_ctx {context_tokens}\nPARAMETER temperature 0\n")  # fmt: skip
 

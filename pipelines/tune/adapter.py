@@ -7,6 +7,8 @@ neighbouring elements), so the rows of their `lora_B` are permuted the same way.
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,11 +23,13 @@ ADAPTER_FOLDER = "adapter"
 GGUF_FILE = "adapter.gguf"
 PERMUTED = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}
 VLLM_MAX_RANK = 512
+GGUF_LLAMA = ("llama", "mistral")
 
 
 def attach(
-    base: Any, lora: Lora, target_modules: list[str], *, quantised: bool, dora: bool = False, checkpointing: bool = False
-) -> Any:
+    base: Any, lora: Lora, target_modules: list[str], *, quantised: bool, dora: bool = False, checkpointing: bool = False,
+    experts: Sequence[str] = (), frozen: Sequence[str] = (),
+) -> Any:  # fmt: skip
     """Return a PEFT model with a fresh adapter on `target_modules`; the base stays frozen.
 
     Args:
@@ -35,24 +39,35 @@ def attach(
         quantised: the base is in NF4.
         dora: learn magnitude and direction apart (Liu et al. 2024, arXiv 2402.09353).
         checkpointing: compute activations twice instead of keeping them.
+        experts: stacked weights of experts that get one too; PEFT knows no dropout for them, so there is none then.
+        frozen: parts of the model that get none.
 
     Raises:
         ConfigError: a target is no projection of the base; PEFT would pass over it as long as another one is.
     """
     from peft import LoraConfig, get_peft_model
 
-    _check_targets(base, target_modules)
-    config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=target_modules,
-                        use_dora=dora, task_type="CAUSAL_LM")  # fmt: skip
+    _check_targets(base, target_modules, experts, frozen)
+    config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=0.0 if experts else lora.dropout,
+                        target_modules=target_modules, target_parameters=list(experts) or None,
+                        exclude_modules=_below(frozen) if frozen else None, use_dora=dora, task_type="CAUSAL_LM")  # fmt: skip
     return get_peft_model(ready(base, quantised=quantised, checkpointing=checkpointing), config)
 
 
-def _check_targets(base: Any, target_modules: list[str]) -> None:
-    there = {name.rsplit(".", 1)[-1] for name, module in base.named_modules() if "Linear" in type(module).__name__}
+def _below(frozen: Sequence[str]) -> str:
+    """Return the expression for the full name of every module in one of these parts."""
+    return rf"(.*\.)?({'|'.join(map(re.escape, frozen))})(\..*)?"
+
+
+def _check_targets(base: Any, target_modules: list[str], experts: Sequence[str], frozen: Sequence[str]) -> None:
+    apart = re.compile(_below(frozen))
+    modules = [name for name, module in base.named_modules() if "Linear" in type(module).__name__]
+    there = {name.rsplit(".", 1)[-1] for name in modules if not (frozen and apart.fullmatch(name))}
     missing = sorted(set(target_modules) - there)
+    missing += sorted(name for name in experts if not any(p.endswith(f".{name}") for p, _ in base.named_parameters()))
     if missing:
         came = f"{type(base).__name__} has no projection named {', '.join(missing)}"
-        way_on = "edit tuning.target_modules in the model's file below configs/models"
+        way_on = "edit tuning in the model's file below configs/models"
         raise ConfigError(came, f"some of {', '.join(sorted(there))}", way_on)
 
 
@@ -83,17 +98,28 @@ def resume(base: Any, folder: Path, *, quantised: bool, checkpointing: bool) -> 
     return PeftModel.from_pretrained(base, folder, config=config, is_trainable=True)
 
 
-def servable(method: str, lora: Lora | None) -> dict[str, str]:
-    """Return for each engine "yes", or why it cannot serve what the method makes beside its base."""
+def servable(method: str, lora: Lora | None, entry: Model) -> dict[str, str]:
+    """Return for each engine "yes", or why it cannot serve what the method makes of the model beside its base."""
     if method == "full":
         return dict.fromkeys(("llamacpp", "vllm"), "no: it is a model of its own, which llmlab export makes ready")
     if method == "dora":
         return dict.fromkeys(("llamacpp", "vllm"), "no: engines apply plain LoRA only; llmlab export merges it")
     rank = lora.rank if lora else 0
-    return {
-        "llamacpp": "yes",
+    merged = "no: adapters of this architecture are not written as GGUF; llmlab export merges it"
+    answers = {
+        "llamacpp": "yes" if has_gguf(entry) else merged,
         "vllm": "yes" if rank <= VLLM_MAX_RANK else f"no: rank {rank} is over its limit of {VLLM_MAX_RANK}",
     }
+    if entry.tuning and entry.tuning.expert_parameters:
+        answers = dict.fromkeys(answers, "no: adapters of stacked experts are PEFT's own form; llmlab export merges it")
+    unknown = "no: it does not know this architecture"
+    return {engine: said if entry.serving and engine in entry.serving.engines else unknown for engine, said in answers.items()}
+
+
+def has_gguf(entry: Model) -> bool:
+    """Return True if an adapter of the model is written for llama.cpp: its architecture is one that GGUF calls "llama"."""
+    kind = entry.config["model_type"] if entry.config else None
+    return kind in GGUF_LLAMA and not (entry.tuning and entry.tuning.expert_parameters)
 
 
 def save(model: Any, entry: Model, folder: Path) -> None:
@@ -102,7 +128,7 @@ def save(model: Any, entry: Model, folder: Path) -> None:
     path = folder / "adapter_config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     if entry.weights is not None:
-        config |= {"base_model_name_or_path": entry.weights.hub, "revision": entry.weights.revision}
+        config |= {"base_model_name_or_path": entry.weights.hub, "revision": entry.weights.revision}  # null if not pinned
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     (folder / "README.md").unlink(missing_ok=True)  # a model card with empty fields
 

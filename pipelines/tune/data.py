@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from pipelines.catalogue import Model, all_models, find
+from pipelines.catalogue import Model, document_rows, find
 from pipelines.config import ROOT, Config, load, named
 from pipelines.errors import ConfigError
 from pipelines.rag.answer import messages, reply_text
@@ -99,7 +99,7 @@ class Example:
 def load_reader(name: str = "reader") -> ReaderConfig:
     """Read configs/data/<name>.yaml and check it against the catalogue."""
     config = load(named("data", name), ReaderConfig)
-    known = {model.name for model in all_models()}
+    known = {model.name for model in document_rows()}
     wrong = sorted(set(config.test_models) - known)
     if wrong:
         raise ConfigError(
@@ -114,7 +114,8 @@ def resolved(config: ReaderConfig) -> dict[str, Any]:
     pages = hashlib.sha256()
     for path in sorted(KNOWLEDGE.glob("*.md")):
         pages.update(path.name.encode() + b"\0" + path.read_bytes())
-    facts = hashlib.sha256(json.dumps([m.model_dump() for m in all_models()], sort_keys=True).encode())
+    said = [m.model_dump(include={"name", "title", "facts"}) for m in document_rows()]
+    facts = hashlib.sha256(json.dumps(said, sort_keys=True).encode())
     return {
         "reader": config.model_dump(),
         "rag": rag.model_dump(),
@@ -200,7 +201,7 @@ def held_out_examples(config: ReaderConfig, corpus: Corpus, limit: int | None = 
 def by_fact(config: ReaderConfig, names: Sequence[str]) -> list[list[Question]]:
     """Return the questions about the named models: one list for each fact, with all its phrasings."""
     groups: dict[tuple[str, str, str | None], list[Question]] = {}
-    for model in all_models():
+    for model in document_rows():
         if model.name in names:
             for q in questions_about(model, config):
                 groups.setdefault((q.model, q.key, q.answer), []).append(q)

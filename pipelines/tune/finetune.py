@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from pipelines import catalogue, hardware, runs, weights
+from pipelines.architecture import config_of, loader, takes_positions
 from pipelines.catalogue import Model
-from pipelines.errors import ConfigError, PlanDoesNotFit, RehearsalRefused, Rehearsed, WeightsMissing
+from pipelines.errors import ConfigError, PlanDoesNotFit, RehearsalRefused, Rehearsed, Unsupported, WeightsMissing
 from pipelines.plan import Plan, against, make_plan
 from pipelines.runs import Draft, Run, draft
 from pipelines.tune import adapter, proof, rehearsal, source, template
@@ -25,6 +26,7 @@ from pipelines.tune.recipe import Lora, Recipe, load_recipe
 from pipelines.tune.record import METRICS, draw_loss, facts_of, keep_rows
 from pipelines.tune.sft import Supervised
 from pipelines.tune.training import ALONE, Objective, Step, Training, as_row
+from pipelines.tune.turns import load_tokenizer
 
 KIND = "finetune"
 PLAN_FILE = "plan.json"
@@ -206,9 +208,8 @@ def _with_data(asked: _Work, job: Job) -> _Work:
 
 
 def _prepared(asked: _Work, folder: Path) -> source.Prepared:
-    from transformers import AutoTokenizer
-
-    return source.prepare(asked.recipe, AutoTokenizer.from_pretrained(folder), asked.device.choice)
+    shared = takes_positions(config_of(asked.entry))
+    return source.prepare(asked.recipe, load_tokenizer(folder, asked.entry), asked.device.choice, shared=shared)
 
 
 def _fitting(asked: _Work, job: Job) -> tuple[_Work, Plan]:
@@ -303,7 +304,9 @@ def _tune(asked: _Work, folder: Path, work: Draft, watcher: Watcher, plan: Plan 
 
     training.run(on_step)
     watcher.say("proving the result")
-    card = proof.card(before, probe.measure(model), probe.stop_rate(model), adapter.servable(recipe.method, asked.lora))
+    card = proof.card(
+        before, probe.measure(model), probe.stop_rate(model), adapter.servable(recipe.method, asked.lora, asked.entry)
+    )
     work.write_json(proof.CARD_FILE, card)
     watcher.proof(card)
     _save(asked, model, tokenizer, work)
@@ -328,10 +331,9 @@ class _Loaded:
 
 def _load(asked: _Work, folder: Path) -> _Loaded:
     import torch
-    from transformers import AutoTokenizer
 
     hardware.use_all_cores(asked.team.size)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = load_tokenizer(folder, asked.entry)
     prepared = asked.prepared or _prepared(asked, folder)
     torch.manual_seed(asked.recipe.schedule.seed)  # decides the adapter's first weights
     return _Loaded(tokenizer, prepared, _model(asked, folder))
@@ -348,8 +350,10 @@ def _model(asked: _Work, folder: Path) -> Any:
         )
     if recipe.lora is None:
         return adapter.ready(base, quantised=False, checkpointing=checkpointing)
-    model = adapter.attach(base, recipe.lora, asked.entry.target_modules, quantised=asked.quantised,
-                           dora=recipe.method == "dora", checkpointing=checkpointing)  # fmt: skip
+    where = asked.entry.tuning
+    assert where  # runnable
+    model = adapter.attach(base, recipe.lora, where.target_modules, quantised=asked.quantised, dora=recipe.method == "dora",
+                           checkpointing=checkpointing, experts=where.expert_parameters, frozen=where.frozen)  # fmt: skip
     if shard:
         asked.team.shard(model)
     return model
@@ -369,31 +373,37 @@ def _save(asked: _Work, model: Any, tokenizer: Any, work: Draft) -> None:
         tokenizer.save_pretrained(work.path / MODEL_FOLDER)
         return
     adapter.save(model, asked.entry, work.path / adapter.ADAPTER_FOLDER)
-    if asked.recipe.method != "dora":
+    if asked.recipe.method != "dora" and adapter.has_gguf(asked.entry):
         adapter.to_gguf(work.path / adapter.ADAPTER_FOLDER, model.config, work.path / adapter.GGUF_FILE)
 
 
 def load_base(folder: Path, device: str, *, quantised: bool, in_main_memory: bool = False) -> Any:
-    """Load a causal language model: bfloat16 on "cuda", float32 on "cpu"; NF4 projections if `quantised`.
+    """Load a language model, with its eyes if it has any: bfloat16 on "cuda", float32 on "cpu"; NF4 projections if `quantised`.
 
     Args:
         folder: of the weights.
         device: "cuda" is the current one.
         quantised: make the projections NF4.
         in_main_memory: leave it there, in the form that suits the device.
+
+    Raises:
+        Unsupported: nothing of this architecture would be quantised.
     """
     import torch
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import AutoConfig, BitsAndBytesConfig
 
     kind = torch.bfloat16 if device == "cuda" else torch.float32
-    settings: dict[str, Any] = {"dtype": kind, "attn_implementation": "sdpa", "use_safetensors": True}
+    settings: dict[str, Any] = {"dtype": kind, "use_safetensors": True}
     if quantised:
         settings["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=kind
         )
     with weights.quiet_loading():
         place = torch.cuda.current_device() if device == "cuda" and not in_main_memory else "cpu"
-        model = AutoModelForCausalLM.from_pretrained(folder, device_map={"": place}, **settings)
+        model = loader(AutoConfig.from_pretrained(folder)).from_pretrained(folder, device_map={"": place}, **settings)
+    if quantised and not any("Linear4bit" in type(module).__name__ for module in model.modules()):
+        came = f"bitsandbytes finds no projection of {type(model).__name__} that it can make NF4"
+        raise Unsupported(came, "plain Linear layers", "the same command with --recipe lora")
     for module in model.modules() if quantised else ():
         if hasattr(module, "support_avx512bf16_for_cpu"):  # it would repack the weights for good, in a form that only infers
             module.support_avx512bf16_for_cpu = False

@@ -12,7 +12,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import replace
 
-from pipelines.catalogue import all_models, find
+from pipelines.catalogue import document_rows, find
 from pipelines.errors import DataError
 from pipelines.tune.data import Corpus, Example, Page, Question, ReaderConfig, about, by_fact, example, holding
 
@@ -27,7 +27,7 @@ def training_groups(config: ReaderConfig, corpus: Corpus, count: int, per_group:
         DataError: every model of the catalogue is a test model.
     """
     rng = random.Random(seed)
-    names = [m.name for m in all_models() if m.name not in config.test_models]
+    names = [m.name for m in document_rows() if m.name not in config.test_models]
     questions = [q for variants in by_fact(config, names) for q in variants]
     if not questions:
         raise DataError("the catalogue gives no training question", "models outside test_models", "edit configs/data/reader.yaml")

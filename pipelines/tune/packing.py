@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipelines.errors import DataError, TrainingFailed
 from pipelines.tune.rows import Message, Row
+from pipelines.tune.turns import end_of_turn, tokens_of
 
 if TYPE_CHECKING:
     import torch
@@ -270,16 +271,15 @@ def _mask(trees: torch.Tensor, branch: torch.Tensor) -> torch.Tensor:
 
 
 def _render(messages: Sequence[Message], tokenizer: Any, *, reply_follows: bool = False) -> list[int]:
-    ids = tokenizer.apply_chat_template(list(messages), add_generation_prompt=reply_follows, return_dict=True)["input_ids"]
-    return list(ids)
+    return tokens_of(tokenizer, messages, reply_follows=reply_follows)
 
 
 def _end_of_turn(reply: Sequence[int], tokenizer: Any, row: Row) -> int:
     """Return the place of the end-of-turn token in a rendered reply."""
-    end = tokenizer.eos_token_id
+    end = end_of_turn(tokenizer)
     if end not in reply:
-        raise TrainingFailed(f"{_where(row)}the chat template puts no end-of-turn token after the reply: "
-                             "the model would never learn to stop", f"token {end} ({tokenizer.eos_token})")  # fmt: skip
+        raise TrainingFailed(f"{_where(row)}the chat template puts no end-of-turn token after the reply: the model would never "
+                             "learn to stop", f"token {end} ({tokenizer.convert_ids_to_tokens(end)})")  # fmt: skip
     return list(reply).index(end)
 
 

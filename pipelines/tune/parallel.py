@@ -22,6 +22,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from pipelines.architecture import decoder_of, layers_of
 from pipelines.config import ROOT
 from pipelines.errors import OutOfMemory, TrainingFailed
 
@@ -59,11 +60,12 @@ class Team:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 
-        decoder = model.get_base_model().get_decoder()
-        spread = {p for layer in decoder.layers for p in layer.parameters() if not p.requires_grad}
+        base = model.get_base_model()
+        layers, decoder = layers_of(base), decoder_of(base)
+        spread = {p for layer in layers for p in layer.parameters() if not p.requires_grad}
         whole = {p for p in model.parameters() if p not in spread}
         mesh = init_device_mesh(self.device, (self.size,))
-        for layer in decoder.layers:
+        for layer in layers:
             fully_shard(layer, mesh=mesh, ignored_params=whole)
         fully_shard(decoder, mesh=mesh, ignored_params=whole)  # it holds nothing, and fetches a layer ahead of its turn
         for p in whole:

@@ -19,6 +19,7 @@ from pipelines.tune import template
 from pipelines.tune.packing import Encoded, Packed, encode, families, fit, tree
 from pipelines.tune.rows import Row
 from pipelines.tune.sft import mean_loss
+from pipelines.tune.turns import end_of_turn, tokens_of
 
 if TYPE_CHECKING:
     import torch
@@ -94,15 +95,14 @@ class Probe:
 
         asked = [row for row in self.held_out if row.text is None]
         rows = (asked or [_row(q, a) for q, a in load(named("proof", "general"), General).general])[:STOP_PROMPTS]
-        chats = [
-            self.tokenizer.apply_chat_template(r.prompt, add_generation_prompt=True, return_dict=True)["input_ids"] for r in rows
-        ]
+        chats = [tokens_of(self.tokenizer, r.prompt, reply_follows=True) for r in rows]
+        end = end_of_turn(self.tokenizer)
         batch = self.tokenizer.pad({"input_ids": chats}, return_tensors="pt", padding_side="left").to(model.device)
         model.eval()
         with _merged(model), torch.no_grad():
             made = model.generate(**batch, max_new_tokens=STOP_TOKENS, do_sample=False, pad_token_id=self.tokenizer.pad_token_id,
-                                  eos_token_id=self.tokenizer.eos_token_id)  # fmt: skip
-        ended = (made[:, batch["input_ids"].shape[1] :] == self.tokenizer.eos_token_id).any(dim=1)
+                                  eos_token_id=end)  # fmt: skip
+        ended = (made[:, batch["input_ids"].shape[1] :] == end).any(dim=1)
         return float(ended.float().mean())
 
 

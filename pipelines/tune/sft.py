@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from pipelines.architecture import decoder_of
+from pipelines.tune import masks
 from pipelines.tune.packing import Packed, collate
 
 if TYPE_CHECKING:
@@ -41,10 +43,15 @@ def label_loss(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
 def label_logits(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """Return the logits at the labelled places only, [N, vocabulary]."""
     causal = model.get_base_model() if hasattr(model, "get_base_model") else model
-    hidden = causal.get_decoder()(
-        input_ids=batch["input_ids"], position_ids=batch["position_ids"], attention_mask=batch["attention_mask"], use_cache=False
+    text = causal.config.get_text_config()
+    seen = masks.of_layers(batch["attention_mask"], batch["position_ids"], text, next(causal.parameters()).dtype)
+    hidden = decoder_of(causal)(
+        input_ids=batch["input_ids"], position_ids=batch["position_ids"], attention_mask=seen, use_cache=False
     ).last_hidden_state
-    return causal.get_output_embeddings()(hidden.flatten(0, 1)[batch["label_places"]])
+    logits = causal.get_output_embeddings()(hidden.flatten(0, 1)[batch["label_places"]])
+    scale, cap = getattr(text, "logit_scale", None), getattr(text, "final_logit_softcapping", None)
+    logits = logits if scale is None else logits * scale
+    return logits if cap is None else cap * (logits / cap).tanh()
 
 
 def mean_loss(model: Any, sequences: Sequence[Packed], pad_token: int) -> float:

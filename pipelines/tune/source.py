@@ -21,7 +21,7 @@ from pipelines.tune import data
 from pipelines.tune.documents import folder_sha256, read_documents
 from pipelines.tune.files import read_rows
 from pipelines.tune.groups import training_groups
-from pipelines.tune.packing import Encoded, Packed, encode, encode_pair, families, fit, tree
+from pipelines.tune.packing import Encoded, Packed, encode, encode_pair, families, fit, join, tree
 from pipelines.tune.recipe import Recipe, Schedule
 from pipelines.tune.report import check_overlap
 from pipelines.tune.rows import Row
@@ -90,8 +90,14 @@ def check(recipe: Recipe) -> None:
                           f"llmlab finetune --recipe lora --data {recipe.data} --epochs 3")  # fmt: skip
 
 
-def prepare(recipe: Recipe, tokenizer: Any, device: str = "cpu") -> Prepared:
+def prepare(recipe: Recipe, tokenizer: Any, device: str = "cpu", *, shared: bool = True) -> Prepared:
     """Return the steps of a recipe.
+
+    Args:
+        recipe: what is learnt, and how it is cut into steps.
+        tokenizer: of the model, with its chat template.
+        device: "cpu" or "cuda".
+        shared: rows may share the computation of their prompt, since the model is told positions.
 
     Raises:
         ConfigError: epochs of a generated instruction set.
@@ -101,11 +107,14 @@ def prepare(recipe: Recipe, tokenizer: Any, device: str = "cpu") -> Prepared:
     if recipe.schedule.steps is None and not is_file(recipe.data):
         raise ConfigError(f"the instruction set {recipe.data} has no end, so it has no epochs", "schedule.steps",
                           "--set schedule.epochs=null --set schedule.steps=250")  # fmt: skip
+    if not shared:
+        alone = recipe.schedule.model_copy(update={"rows_per_prompt": 1})
+        recipe = recipe.model_copy(update={"schedule": alone})
     join_up_to = JOIN_UP_TO_ON_CPU if device == "cpu" else recipe.schedule.max_tokens
     if recipe.method == "dpo":
         pairs = _preference_rows(recipe)
         kept, held_out = _divided(recipe, pairs, tokenizer) if is_file(recipe.data) else (pairs, _held_out_examples(recipe))
-        trees = [_pair_tree(row, tokenizer) for row in kept]
+        trees = [_pair_tree(row, tokenizer, shared=shared) for row in kept]
         return _prepared(_steps(trees, recipe.schedule, join_up_to, rows_in_one=2), held_out)
     if not is_file(recipe.data):
         steps = _generated(recipe, tokenizer, join_up_to)
@@ -184,11 +193,11 @@ def _preference_rows(recipe: Recipe) -> list[Row]:
     return reader_pairs(recipe)
 
 
-def _pair_tree(row: Row, tokenizer: Any) -> Packed:
+def _pair_tree(row: Row, tokenizer: Any, *, shared: bool) -> Packed:
     chosen, rejected = encode_pair(row, tokenizer)
     if chosen.tokens == rejected.tokens and chosen.labels == rejected.labels:
         raise DataError(f"{row.origin}: chosen and rejected are the same", "two different replies", "remove the row")
-    return tree([chosen, rejected])
+    return tree([chosen, rejected]) if shared else join([tree([chosen]), tree([rejected])])
 
 
 def _learnable(encoded: Encoded, row: Row) -> Encoded:

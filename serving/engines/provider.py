@@ -59,8 +59,8 @@ def remote_model(name: str, settings: ProviderSettings) -> Model:
     Raises:
         ConfigError: the catalogue gives no provider for the model, or the provider is none.
     """
-    model = Model(name=settings.model, title=settings.model, facts={}, provider=settings.model) if settings.model else (
-        catalogue.find(name))  # fmt: skip
+    model = Model(name=settings.model, title=settings.model, facts={}, modality=["text"], provider=settings.model) if (
+        settings.model) else catalogue.find(name)  # fmt: skip
     if model.provider is None:
         raise ConfigError(f"the catalogue names no provider for {name}", "a model that is had through an API",
                           "--set provider.model=openai:gpt-4o-mini, or without --engine provider")  # fmt: skip

@@ -14,7 +14,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelines.catalogue import Dimensions, Model
+from pipelines.architecture import Cache
+from pipelines.catalogue import Model
 from pipelines.errors import ConfigError, EngineError
 from pipelines.hardware import VLLM_PYTHON
 from serving.engines.abilities import Abilities, Lack, Words
@@ -180,19 +181,19 @@ def check_gpus(settings: VllmSettings, here: int) -> None:
                           f"at most {max(1, here)} on each of {settings.nodes}", "--set vllm.tensor_parallel=1")  # fmt: skip
 
 
-def check_room(launch: Launch, dimensions: Dimensions, memory_bytes: int) -> None:
+def check_room(launch: Launch, cache: Cache, memory_bytes: int) -> None:
     """Raise `EngineError` if weights and the cache of one whole context are more than the GPUs may give; no minutes are lost.
 
     Args:
         launch: with safetensors as its base; all GPUs together hold them once.
-        dimensions: of the model, for the size of its cache in 16 bits.
+        cache: how that of the model grows with the text.
         memory_bytes: of one GPU.
     """
     assert launch.base
     gpus = launch.vllm.gpus if launch.vllm else 1
     weights = sum(path.stat().st_size for path in launch.base.glob("*.safetensors"))
     left = int(memory_bytes * gpus * launch.gpu_memory_share) - weights
-    fits = max(0, left // dimensions.kv_bytes_per_token)
+    fits = cache.longest(left)
     if fits >= launch.context_tokens:
         return
     came = (f"weights of {weights / 2**30:.2f} GiB leave {max(0, left) / 2**30:.2f} GiB of {gpus} GPU for the cache, "

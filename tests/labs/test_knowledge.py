@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from pipelines.catalogue import Model, all_models
+from pipelines.catalogue import Model, document_rows
 from pipelines.tune.data import KNOWLEDGE
 
 SECTION = {
@@ -19,7 +19,7 @@ def sections(name: str) -> dict[str, str]:
     return {title.strip(): " ".join(text.split()) for title, _, text in (part.partition("\n") for part in parts)}
 
 
-@pytest.mark.parametrize("model", all_models(), ids=lambda m: m.name)
+@pytest.mark.parametrize("model", document_rows(), ids=lambda m: m.name)
 def test_a_page_states_every_fact_of_its_model(model: Model) -> None:
     page = sections(model.name)
     for key, fact in model.facts.items():
@@ -33,7 +33,7 @@ def test_a_page_states_every_fact_of_its_model(model: Model) -> None:
 
 def test_there_is_a_page_for_every_model_and_for_the_techniques() -> None:
     pages = {p.stem for p in KNOWLEDGE.glob("*.md")}
-    assert {m.name for m in all_models()} <= pages
+    assert {m.name for m in document_rows()} <= pages
     assert {"lora", "qlora", "dpo", "rag", "vllm", "onnx", "tensorrt", "pruning", "fairlearn", "prometheus", "grafana"} <= pages
     assert len(pages) == 66
 

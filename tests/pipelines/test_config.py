@@ -11,6 +11,7 @@ from pipelines.errors import ConfigError, UnknownName
 from pipelines.rag.embedders import EmbedderConfig
 from pipelines.rag.index import RagConfig
 from pipelines.rag.rerankers import RerankerConfig
+from pipelines.sizing import Gpus
 from pipelines.tune.data import ReaderConfig, load_reader
 from pipelines.tune.proof import General
 from pipelines.tune.recipe import Recipe, load_recipe
@@ -25,6 +26,7 @@ KINDS: dict[str, Any] = {
     "embedders": EmbedderConfig,
     "rerankers": RerankerConfig,
     "serve": ServeConfig,
+    "gpus": Gpus,
 }
 DEPLOYED = CONFIGS / "deploy"  # Kubernetes' own schemas: tests/test_deploy.py
 FILES = [path for path in sorted(CONFIGS.rglob("*.yaml")) if DEPLOYED not in path.parents]
@@ -38,7 +40,17 @@ def test_every_file_fits_its_schema(path: Path) -> None:
 
 def test_the_count_of_files_is_known() -> None:
     counts = {folder: len(names(folder)) for folder in KINDS}
-    assert counts == {"models": 26, "recipes": 7, "proof": 1, "data": 1, "rag": 1, "embedders": 7, "rerankers": 2, "serve": 1}
+    assert counts == {
+        "models": 43,
+        "recipes": 7,
+        "proof": 1,
+        "data": 1,
+        "rag": 1,
+        "embedders": 7,
+        "rerankers": 2,
+        "serve": 1,
+        "gpus": 1,
+    }
     assert sum(counts.values()) == len(FILES)
 
 

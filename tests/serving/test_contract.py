@@ -12,6 +12,7 @@ import httpx
 import pytest
 
 from pipelines import catalogue
+from pipelines.architecture import cache_of, config_of
 from pipelines.errors import ConfigError, EngineError, UnknownName
 from pipelines.hardware import VLLM_PYTHON
 from pipelines.runs import Run
@@ -202,15 +203,15 @@ def test_vllm_is_spread_as_the_settings_say(tmp_path: Path) -> None:
 
 
 def test_a_context_that_no_gpu_has_room_for_is_refused_before_the_load(tmp_path: Path) -> None:
-    dimensions = catalogue.find("mistral-7b").dimensions
-    assert dimensions and dimensions.kv_bytes_per_token == 2 * 2 * 32 * 8 * 128
+    cache = cache_of(config_of(catalogue.find("mistral-7b")))
+    assert cache.bytes(1) == 2 * 2 * 32 * 8 * 128
     with (tmp_path / "model.safetensors").open("wb") as file:
         file.truncate(14 * 2**30)  # a file of no blocks
     group = serve_config("vllm.tensor_parallel=2").vllm
     launch = Launch(MODEL, tmp_path, (), "127.0.0.1", 1, 32768, 1, 2, True, tmp_path, gpu_memory_share=0.5, vllm=group)
-    vllm.check_room(launch, dimensions, 40 * 2**30)
+    vllm.check_room(launch, cache, 40 * 2**30)
     with pytest.raises(EngineError, match=r"14.00 GiB leave 2.00 GiB of 2 GPU for the cache, 16384 tokens") as caught:
-        vllm.check_room(launch, dimensions, 16 * 2**30)
+        vllm.check_room(launch, cache, 16 * 2**30)
     assert caught.value.next_command == "--set context_tokens=16384"
 
 

@@ -35,7 +35,7 @@ def test_the_model_comes_from_the_settings_or_from_the_catalogue() -> None:
     with pytest.raises(ConfigError, match="no remote model"):
         remote_model(MODEL, serve_config("provider.model=huggingface:some/model").provider)
     given = [model for model in catalogue.all_models() if model.provider]
-    assert len(given) == 4
+    assert len(given) == 8
     for model in given:
         assert str(model.provider).partition(":")[0] in REMOTES and not model.runnable
 

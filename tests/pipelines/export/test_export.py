@@ -206,11 +206,8 @@ def test_ollamas_template_says_what_the_chat_template_says(model: str, system: s
     from pipelines.tune import rehearsal
 
     real = model == MODEL
-    size = catalogue.find(model).rehearsal
-    assert size
-    tokenizer: Any = (
-        AutoTokenizer.from_pretrained(exported.path / "model") if real else rehearsal.train_tokenizer(size, rehearsal.texts())
-    )
+    tokenizer: Any = AutoTokenizer.from_pretrained(exported.path / "model") if real else rehearsal.train_tokenizer(
+        catalogue.find(model), rehearsal.texts())  # fmt: skip
     turns = ([{"role": "system", "content": system}] if system else []) + [{"role": "user", "content": "Who made it?"}]
     asked = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
     turns.append({"role": "assistant", "content": "Orion."})

@@ -107,7 +107,7 @@ def test_the_template_lock_refuses_another_template(tokenizer: Any) -> None:
     assert len(locked["golden"]) == 4
     template.check(locked, template.render_with(tokenizer), "here")
     other = copy.deepcopy(tokenizer)
-    other.chat_template = tokenizer.chat_template.replace("'\n'", "'\n\n'", 1)
+    other.chat_template = tokenizer.chat_template.replace(r"'\n'", r"'\n\n'", 1)
     with pytest.raises(FingerprintMismatch, match="golden chat 0"):
         template.check(locked, template.render_with(other), "elsewhere")
 
