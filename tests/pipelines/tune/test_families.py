@@ -141,7 +141,7 @@ def test_the_merged_model_is_read_again_with_its_embeddings_as_they_were(family:
     assert family.config and tied == bool(again.config.get_text_config().tie_word_embeddings)
 
 
-@pytest.mark.parametrize("family", [pytest.param(m, marks=[] if m.name in QUICK else pytest.mark.slow, id=m.name)
-                                    for m in FAMILIES if "image" in m.modality], indirect=False, scope="module")  # fmt: skip
+@pytest.mark.slow
+@pytest.mark.parametrize("family", [pytest.param(m, id=m.name) for m in FAMILIES if "image" in m.modality], scope="module")
 def test_images_become_tokens(family: Model, tmp_path: Path) -> None:
     assert "image token" in look(family, rehearsal.build(family, rehearsal.texts(), tmp_path))
