@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -77,8 +78,9 @@ def of_llamacpp(file: Path, prompts: Sequence[Sequence[int]]) -> np.ndarray:
                           env=os.environ | {"PYTHONPATH": str(ROOT)} | OPENMP_ENVIRONMENT)  # fmt: skip
     lines = done.stdout.strip().splitlines()
     if done.returncode or not lines:
-        last = next((line for line in reversed(done.stderr.strip().splitlines()) if line.strip()), "no message")
-        raise ExportFailed(f"llama.cpp cannot run {file.name}: {last}", "an architecture and a size that llama.cpp knows",
+        said = [re.sub(r"^[\d.]+ [A-Z] ", "", line.strip()) for line in done.stderr.splitlines() if line.strip()]
+        why = next((line for line in said if "error" in line.lower()), said[-1] if said else "no message")
+        raise ExportFailed(f"llama.cpp cannot run {file.name}: {why}", "an architecture and a size that llama.cpp knows",
                            "llmlab export --quantisation none keeps the merged model")  # fmt: skip
     answers = json.loads(lines[-1])
     table = np.full((len(answers), 1 + max(token for answer in answers for token, _ in answer)), NO_CHANCE, dtype=np.float32)

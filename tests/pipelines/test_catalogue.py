@@ -123,23 +123,33 @@ rehearsal:
 """
 
 
-def test_adding_a_model_is_adding_a_file(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An architecture that no file of this project names: listed, planned, sized, and rehearsed to the end."""
+def test_adding_a_model_is_adding_a_file(models: Path, tmp_path: Path) -> None:
+    """An architecture that no file of this project names: listed, planned, sized, and built for a rehearsal."""
     from typer.testing import CliRunner
 
     from labs.cli import app
-    from pipelines.tune.finetune import Job, finetune
-    from tests.conftest import Quiet
+    from pipelines.tune import rehearsal
 
-    monkeypatch.setenv("LLMLAB_RUNS", str(tmp_path / "runs"))
     (models / "qwen-3-0.6b.yaml").write_text(NEW)
     listed = CliRunner().invoke(app, ["models", "--open", "--license", "apache", "--max-memory", "1GB", "--context", "32k"])
     assert "qwen-3-0.6b" in listed.output and "mistral-7b" not in listed.output
     planned = CliRunner().invoke(app, ["plan", "qwen-3-0.6b"])
     assert "0.596 B" in planned.output and "Qwen 3 0.6B on GPUs" in planned.output, planned.output
-    run = finetune(
-        Job("qwen-3-0.6b", "lora", ("schedule.rows_per_step=2", "schedule.steps=2"), rehearse=True, pull=False), Quiet()
-    )
+    built = rehearsal.build(catalogue.find("qwen-3-0.6b"), rehearsal.texts(), tmp_path / "built")
+    assert '"Qwen3ForCausalLM"' in (built / "config.json").read_text()
+
+
+@pytest.mark.slow
+def test_an_added_model_is_rehearsed_to_the_end(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pipelines.tune.finetune import Job, finetune
+    from tests.conftest import Quiet
+
+    monkeypatch.setenv("LLMLAB_RUNS", str(tmp_path / "runs"))
+    (models / "qwen-3-0.6b.yaml").write_text(NEW)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "Who made it?", "completion": "Orion did."}\n{"prompt": "When?", "completion": "In May."}\n')
+    settings = (f"data={rows}", "schedule.rows_per_step=2", "schedule.steps=2")
+    run = finetune(Job("qwen-3-0.6b", "lora", settings, rehearse=True, pull=False), Quiet())
     assert run.json("proof.json")["logit_change"] > 1e-3
 
 

@@ -10,6 +10,7 @@ import pytest
 from labs.sight import look
 from pipelines import catalogue
 from pipelines.catalogue import Model
+from pipelines.errors import TrainingFailed
 from pipelines.tune import adapter, rehearsal
 from pipelines.tune.finetune import load_base
 from pipelines.tune.packing import Encoded, collate, encode, join, tree
@@ -23,6 +24,7 @@ QUICK = {"gemma-3", "mixtral-8x7b"}
 SYSTEM = "Answer in few words."
 LONG = "The lighthouse stands on the northern cape, and its lamp is lit at dusk by the keeper's daughter. " * 4
 NO_SYSTEM_TURN = {"gemma", "mixtral-8x7b", "phi-3-medium"}
+SYSTEM_MOVES = {"mistral-7b", "mistral-8x22b", "mistral-large"}  # to the last question, so a chat of several is no prefix
 LORA = Lora(rank=4, alpha=8, dropout=0.0)
 
 
@@ -67,7 +69,12 @@ def tuned(family: Model, folder: Path) -> Any:
 
 
 def test_every_reply_is_supervised_to_its_end_of_turn(family: Model, tokenizer: Any) -> None:
-    encoded = encode(row(SYSTEM, "Who keeps it?", "Her father.", "And who lights it?", "She does."), tokenizer)
+    chat = row(SYSTEM, "Who keeps it?", "Her father.", "And who lights it?", "She does.")
+    if family.name in SYSTEM_MOVES:
+        with pytest.raises(TrainingFailed, match="renders a prompt differently"):
+            encode(chat, tokenizer)
+        chat = Row(({"role": "user", "content": f"{SYSTEM} {chat.messages[1]['content']}"}, *chat.messages[2:]))
+    encoded = encode(chat, tokenizer)
     learnt = [label for label in encoded.labels if label is not None]
     end = end_of_turn(tokenizer)
     assert learnt.count(end) == 2 and learnt[-1] == end
@@ -134,7 +141,7 @@ def test_the_merged_model_is_read_again_with_its_embeddings_as_they_were(family:
     assert family.config and tied == bool(again.config.get_text_config().tie_word_embeddings)
 
 
-@pytest.mark.parametrize("family", [pytest.param(m, marks=[] if m.name in QUICK else pytest.mark.slow, id=m.name)
-                                    for m in FAMILIES if "image" in m.modality], indirect=False, scope="module")  # fmt: skip
+@pytest.mark.slow
+@pytest.mark.parametrize("family", [pytest.param(m, id=m.name) for m in FAMILIES if "image" in m.modality], scope="module")
 def test_images_become_tokens(family: Model, tmp_path: Path) -> None:
     assert "image token" in look(family, rehearsal.build(family, rehearsal.texts(), tmp_path))
