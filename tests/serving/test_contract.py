@@ -265,7 +265,7 @@ def test_what_vllm_says_is_translated(sentence: str, came: str, next_command: st
 @pytest.mark.parametrize(
     ("name", "context", "expected"),
     [
-        ("llamacpp", 2_000_000, "llama.cpp got no memory"),
+        pytest.param("llamacpp", 2_000_000, "llama.cpp got no memory", marks=pytest.mark.slow),
         pytest.param("vllm", 100_000, "context_tokens is 100000", marks=[pytest.mark.slow, pytest.mark.timeout(600), NO_VLLM]),
     ],
 )

@@ -76,9 +76,9 @@ def test_the_exported_model_is_served_in_place_of_its_base(exported: Run) -> Non
 @pytest.mark.parametrize(
     ("model", "recipe"),
     [
-        ("mistral-7b", "qlora"),
-        pytest.param(MODEL, "dora", marks=pytest.mark.slow),
+        pytest.param("mistral-7b", "qlora", marks=pytest.mark.slow),
         pytest.param(MODEL, "full", marks=pytest.mark.slow),
+        pytest.param(MODEL, "dora", marks=pytest.mark.campaign),
     ],
 )
 def test_every_method_can_be_exported(model: str, recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,6 +43,7 @@ def test_mistral_is_rehearsed_in_nf4_and_marked(rehearsed_run: Run) -> None:
     assert (rehearsed_run.path / "adapter.gguf").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_without_weights_the_job_says_rehearsed_not_tuned(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     quiet = Quiet()

@@ -95,6 +95,7 @@ print(json.dumps({"whole": whole, "held": sum(p.to_local().numel() for p in held
 """
 
 
+@pytest.mark.slow
 def test_each_process_holds_a_share_of_the_frozen_layers(tiny: Path) -> None:
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": "2"}
     environment = os.environ | place | {"PYTHONPATH": str(ROOT)}
