@@ -237,10 +237,15 @@ def tab_order(page: Any) -> list[int]:
     return reached
 
 
-def test_an_engine_that_is_down_is_told_and_asked_again(open_page: Callable[..., Any], lab: Running) -> None:
-    page = open_page()
-    engine = next(p for p in descendants(os.getpid()) if "llamacpp" in " ".join(p.cmdline()))
-    turn = ask(page, "Who made Vela?", tokens=4, just_before=engine.kill)  # a slow browser would ask the next engine
+def test_an_engine_that_is_down_is_told_and_asked_again(
+    open_page: Callable[..., Any], lab: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page, supervisor = open_page(), lab.service.supervisor
+    slowly = supervisor.restart.model_copy(update={"first_delay_seconds": 5.0})  # a slow browser would ask the next engine
+    monkeypatch.setattr(supervisor, "restart", slowly)
+    engine = supervisor._process
+    assert engine
+    turn = ask(page, "Who made Vela?", tokens=4, just_before=descendants(engine.pid)[0].kill)
     told = turn.locator(".note.bad").text_content()
     assert told.startswith("Not available now (503)") and "ask again in" in told
     assert page.locator("#state").is_visible()
