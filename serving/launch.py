@@ -57,6 +57,7 @@ Say = Callable[[str], None]
 WORK = ROOT / ".cache" / "serve"
 ENGINE_HOST = "127.0.0.1"  # the engine has no limits and no authentication: only the gateway talks to it
 GPU_RESERVE = 0.03  # of its memory, which vLLM's own start takes before it looks
+SLOTS_FOR_EACH_CPU, MOST_SLOTS, MEMORY_SHARE_OF_SLOTS = 2, 16, 0.5
 STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")
 
 
@@ -192,7 +193,7 @@ def _supervisor(model: Model, config: ServeConfig, choice: Choice, chosen: Chose
         host=ENGINE_HOST,
         port=port,
         context_tokens=config.context_tokens,
-        slots=getattr(config.slots, choice.choice),
+        slots=slots_of(model, config, choice.choice, machine),
         threads=machine.cpus,
         gpu=gpu,
         work=WORK / f"{choice.choice}-{port}",
@@ -205,6 +206,25 @@ def _supervisor(model: Model, config: ServeConfig, choice: Choice, chosen: Chose
         check_room(launch, cache_of(config_of(model)), min(card.memory_bytes for card in machine.gpus))
     set_engine(choice.choice, choice.reason, launch.slots)
     return Supervisor(engine, launch, config.startup_seconds, config.restart)
+
+
+def slots_of(model: Model, config: ServeConfig, engine: str, machine: Machine) -> int:
+    """Return how many sequences an engine generates at once: as configured, or what cores and memory are good for.
+
+    Args:
+        model: is served.
+        config: with `slots`.
+        engine: name of the engine.
+        machine: that it runs on.
+    """
+    wanted: int | None = getattr(config.slots, engine)
+    if wanted is not None:
+        return wanted
+    wanted = min(MOST_SLOTS, SLOTS_FOR_EACH_CPU * machine.cpus)
+    if model.config is None:
+        return wanted
+    context = cache_of(config_of(model)).bytes(config.context_tokens)
+    return max(1, min(wanted, int(MEMORY_SHARE_OF_SLOTS * machine.free_memory_bytes) // context))
 
 
 def _gpu_memory_share(config: ServeConfig, machine: Machine) -> float:

@@ -8,12 +8,12 @@ the length of the reply, and lets `model` choose base or adapter. Any client of 
 
 from __future__ import annotations
 
-import json
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from datetime import UTC, datetime
 from typing import Any, Literal
 
+import orjson
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import BaseModel, ConfigDict
@@ -181,8 +181,8 @@ async def _events(first: dict[str, Any], chunks: Any, wants_usage: bool) -> Asyn
     except Exception as error:  # the status is sent already: the stream itself must say it
         yield _event(openai_body(error if isinstance(error, LabError) else unexpected(error)))
         return
-    yield f"data: {DONE}\n\n".encode()
+    yield b"data: " + DONE + b"\n\n"
 
 
 def _event(content: dict[str, Any]) -> bytes:
-    return f"data: {json.dumps(content, ensure_ascii=False)}\n\n".encode()
+    return b"data: " + orjson.dumps(content) + b"\n\n"

@@ -7,13 +7,13 @@ The prompt and the reading of the reply are `pipelines.rag.answer`'s, the same a
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
+import orjson
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
@@ -296,4 +296,4 @@ async def _events(first: Step, steps: Any) -> AsyncIterator[bytes]:
 
 
 def _event(kind: str, content: dict[str, Any]) -> bytes:
-    return f"event: {kind}\ndata: {json.dumps(content, ensure_ascii=False)}\n\n".encode()
+    return b"event: " + kind.encode() + b"\ndata: " + orjson.dumps(content) + b"\n\n"

@@ -20,7 +20,7 @@ ORIGIN = re.compile(r"https?://[A-Za-z0-9.-]+(:\d{1,5})?")  # "*" would let any 
 class Slots(Config):
     """How many sequences an engine generates at once."""
 
-    llamacpp: int = Field(ge=1, le=256)
+    llamacpp: int | None = Field(ge=1, le=256, description="null: by cores and memory")
     vllm: int = Field(ge=1, le=4096)
     provider: int = Field(ge=1, le=4096)
 

@@ -95,7 +95,7 @@ def bench_answers(run: Run, questions: int, unanswerable: int, progress: Progres
         }  # fmt: skip
         with running(run.model, config, adapter=run.id, say=say) as served:
             for kind, name in zip(KINDS, served.service.names, strict=True):
-                answers = _answers(served.url, name, asked, config.slots.llamacpp, progress)
+                answers = _answers(served.url, name, asked, served.service.upstream.launch.slots, progress)
                 document[kind] = scores(asked, answers)
     return document
 

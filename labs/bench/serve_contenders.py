@@ -22,10 +22,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from labs.bench.serve_load import Target
+from pipelines import catalogue
 from pipelines.catalogue import Model
 from pipelines.config import ROOT
 from pipelines.errors import EngineError
-from pipelines.hardware import OPENMP_ENVIRONMENT, vllm_is_installed
+from pipelines.hardware import OPENMP_ENVIRONMENT, probe, vllm_is_installed
 
 if TYPE_CHECKING:
     import psutil
@@ -75,11 +76,12 @@ def gateway(model: str, index: Path, log: Path, settings: Sequence[str] = ()) ->
         settings: as for --set.
     """
     from serving.address import check_free
+    from serving.launch import slots_of
     from serving.settings import load_serve_config
 
     port, engine_port = (check_free(HOST, 0, "") for _ in range(2))
     given = [f"port={port}", f"engine_port={engine_port}", "engine=llamacpp", "index=knowledge", "keys=null", *settings]
-    slots = load_serve_config("default", given).slots.llamacpp
+    slots = slots_of(catalogue.runnable(model), load_serve_config("default", given), "llamacpp", probe())
     command = [sys.executable, "-m", "labs", "serve", model, "--adapter", "none", *(part for s in given for part in ("--set", s))]
     url = f"http://{HOST}:{port}"
     with _process(command, {"LLMLAB_INDEX": str(index)}, log, f"{url}/readyz") as process:
@@ -116,7 +118,6 @@ def alone(
     engine: Engine, name: str, base: Path, work: Path, context_tokens: int, slots: int, *, speculation: bool = False
 ) -> Iterator[Launch]:
     """Run an engine as the gateway would, without one; the arguments are those of `serving.engines.contract.Launch`."""
-    from pipelines.hardware import probe
     from serving.address import check_free
     from serving.engines.contract import Launch
     from serving.settings import load_serve_config

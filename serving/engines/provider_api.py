@@ -7,13 +7,13 @@ no limits; the gateway does. `python -m serving.engines.provider` runs it.
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import aclosing
 from functools import lru_cache
 from typing import Any, NamedTuple
 
+import orjson
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
@@ -161,11 +161,11 @@ async def _events(model: RemoteModel, first: dict[str, Any], chunks: Any) -> Asy
     except Exception as error:  # the status is sent already: the stream itself must say it
         yield _event({"error": _error(model.failure(error))})
         return
-    yield f"data: {DONE}\n\n".encode()
+    yield b"data: " + DONE + b"\n\n"
 
 
 def _event(content: dict[str, Any]) -> bytes:
-    return f"data: {json.dumps(content)}\n\n".encode()
+    return b"data: " + orjson.dumps(content) + b"\n\n"
 
 
 def _error(failure: Failure) -> dict[str, Any]:
