@@ -113,7 +113,7 @@ lint: .venv/dev ## ruff and mypy
 	@.venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/mypy && $(LLMLAB) dashboards --check
 
 test: lint ## lint and the tests; under 8 minutes after set-up
-	@.venv/bin/pytest -m "not slow and not faults and not campaign"
+	@.venv/bin/pytest -m "not slow and not faults and not campaign" --durations=15
 
 bench-rag: .venv/dev .venv/chains ## measure retrieval: what is found, and what it costs (QUICK=1, CORPUS=/usr/share/doc)
 	@$(LLMLAB) bench rag $(if $(filter 1,$(QUICK)),--quick) $(if $(CORPUS),--corpus "$(CORPUS)")
@@ -131,7 +131,7 @@ bench: .venv/bench ## compare trainers: TRL, a plain loop, LLaMA-Factory if set 
 	@$(LLMLAB) bench tune $(if $(filter 1,$(QUICK)),--quick) $(if $(MINUTES),--minutes $(MINUTES))
 
 test-all: .venv/dev .venv/bench .venv/stores .venv/chains .venv/ray .venv/trace setup-vllm ## the longer checks: vLLM on this machine, a real Prometheus, vector stores, chains, Ray, the demo itself
-	@.venv/bin/pytest -m slow
+	@.venv/bin/pytest -m slow --durations=25
 
 test-faults: .venv/dev ## kill a training at 120 points and an index at over 200, and go on each time (about 15 minutes)
 	@.venv/bin/pytest -m faults

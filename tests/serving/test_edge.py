@@ -13,6 +13,7 @@ import httpx
 import pytest
 
 from pipelines.errors import ConfigError
+from serving.server import LONGEST_HEAD_BYTES
 from serving.settings import load_serve_config
 from serving.tls import context
 from tests.serving.conftest import MODEL, fake_service, metric, wait_until
@@ -61,6 +62,14 @@ def test_a_head_that_trickles_after_an_answer_ends_the_connection_too(strict: ht
         assert connection.recv(65536).startswith(b"HTTP/1.1 200")
         connection.sendall(b"GET")
         assert b"HTTP/1.1" not in rest(connection)
+
+
+def test_a_head_without_an_end_is_refused_for_its_length(strict: httpx.Client) -> None:
+    with connect(strict) as connection:
+        connection.sendall(b"GET /healthz HTTP/1.1\r\nX-Long: " + b"a" * LONGEST_HEAD_BYTES)
+        reply = rest(connection)
+    assert reply.startswith(b"HTTP/1.1 400 ") and f"at most {LONGEST_HEAD_BYTES} bytes".encode() in reply
+    assert strict.get("/healthz", headers={"X-Long": "a" * (LONGEST_HEAD_BYTES // 2)}).status_code == 200
 
 
 def test_a_body_that_trickles_is_answered_408(strict: httpx.Client) -> None:
