@@ -37,7 +37,7 @@ class Connection(HttpToolsProtocol):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._head: asyncio.TimerHandle | None = None
-        self._head_bytes = 0
+        self._head_bytes: int | None = None  # of a head that has begun, without what came together with its beginning
         self._unread: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -51,11 +51,22 @@ class Connection(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         """Take a part of a request."""
+        if self._head_bytes is not None:
+            self._head_bytes += len(data)
         super().data_received(data)
-        self._head_bytes = self._head_bytes + len(data) if self._awaits_head else 0
-        if self._head_bytes > LONGEST_HEAD_BYTES:
+        if (self._head_bytes or 0) > LONGEST_HEAD_BYTES:
             self.send_400_response(f"the head of a request has at most {LONGEST_HEAD_BYTES} bytes here")
         self._time_head()
+
+    def on_message_begin(self) -> None:
+        """Begin to count the bytes of a head."""
+        super().on_message_begin()
+        self._head_bytes = 0
+
+    def on_headers_complete(self) -> None:
+        """End that."""
+        self._head_bytes = None
+        super().on_headers_complete()
 
     def pause_writing(self) -> None:
         """Begin the time in which the client has to take what is ready for it."""
@@ -72,13 +83,9 @@ class Connection(HttpToolsProtocol):
         self._head, self._unread = _stopped(self._head), _stopped(self._unread)
         super().connection_lost(exc)
 
-    @property
-    def _awaits_head(self) -> bool:
-        return self.cycle is None or self.cycle.response_complete
-
     def _time_head(self) -> None:
         """Let the time for a head run while one is awaited."""
-        if self._awaits_head:
+        if self.cycle is None or self.cycle.response_complete:
             self._head = self._head or self.loop.call_later(self.bounds.header_seconds, self.transport.close)
         else:
             self._head = _stopped(self._head)
