@@ -64,7 +64,7 @@ async def _merged(
 ) -> AsyncIterator[tuple[int, dict[str, Any]]]:
     """Yield the chunks of all requests with the number of the request; closed early, all of them are stopped."""
     if len(requests) == 1:
-        async with aclosing(upstream.stream(requests[0], Meter(requests[0]["model"]), path)) as chunks:  # type: ignore[type-var]
+        async with aclosing(upstream.stream(requests[0], Meter(requests[0]["model"], path), path)) as chunks:  # type: ignore[type-var]
             async for chunk in chunks:
                 yield 0, chunk
         return
@@ -86,7 +86,7 @@ async def _merged(
 
 async def _pump(upstream: Upstream, request: Mapping[str, Any], path: str, index: int, arrived: asyncio.Queue[Any]) -> None:
     try:
-        async with aclosing(upstream.stream(request, Meter(request["model"]), path)) as chunks:  # type: ignore[type-var]
+        async with aclosing(upstream.stream(request, Meter(request["model"], path), path)) as chunks:  # type: ignore[type-var]
             async for chunk in chunks:
                 await arrived.put((index, chunk))
     except Exception as error:  # to be raised where the chunks are read

@@ -60,10 +60,11 @@ class Record:
         self.span.set("http.response.status_code", status)
         self.span.end(str(status) if status >= 500 else None)
 
-    def begin_generation(self, model: str) -> None:
-        """Begin a generation."""
+    def begin_generation(self, model: str, operation: str) -> None:
+        """Begin a generation; `operation` is OpenTelemetry's name of what is done: chat or text_completion."""
         self.facts["model"] = model
-        self._inner = self.span.child(f"chat {model}", {"gen_ai.operation.name": "chat", "gen_ai.request.model": model}, out=True)
+        told = {"gen_ai.operation.name": operation, "gen_ai.request.model": model}
+        self._inner = self.span.child(f"{operation} {model}", told, out=True)
 
     def asked(self, body: Mapping[str, Any]) -> dict[str, str]:
         """Take what the engine is asked, and return the headers that let it go on with the trace."""

@@ -50,6 +50,7 @@ if TYPE_CHECKING:
 
 CHAT_PATH = "/v1/chat/completions"
 TEXT_PATH = "/v1/completions"
+OPERATIONS = {CHAT_PATH: "chat", TEXT_PATH: "text_completion"}  # as OpenTelemetry calls them
 DONE = b"[DONE]"
 CONNECT_SECONDS = 5.0
 HEALTH_SECONDS, METRICS_SECONDS = 2.0, 3.0  # Prometheus waits for 4
@@ -69,8 +70,8 @@ class Meter:
     prompt.
     """
 
-    def __init__(self, model: str) -> None:
-        self.model, self.began = model, time.perf_counter()
+    def __init__(self, model: str, path: str = CHAT_PATH) -> None:
+        self.model, self.operation, self.began = model, OPERATIONS[path], time.perf_counter()
         self.first_token: float | None = None
         self.usage: dict[str, int] = {}
         self.cached_tokens = 0
@@ -107,7 +108,7 @@ class Meter:
 
     async def __aenter__(self) -> Meter:
         """Start measuring."""
-        self._record.begin_generation(self.model)
+        self._record.begin_generation(self.model, self.operation)
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -244,7 +245,7 @@ class Upstream:
 
     async def complete(self, body: Mapping[str, Any], path: str = CHAT_PATH) -> dict[str, Any]:
         """Return one completion, of a chat or, with the other path, of a text."""
-        meter = Meter(body["model"])
+        meter = Meter(body["model"], path)
         meter.price, meter.prompt_estimate = self.price, estimated_tokens(body)
         async with meter, self._sent(body, path) as reply:
             completion: dict[str, Any] = json.loads(await reply.read())

@@ -65,6 +65,7 @@ def test_a_receiver_sees_request_retrieval_and_generation(
         answer = client.post("/v1/chat/completions", json=body, headers={"traceparent": CALLER})
         passed_on = answer.json()["choices"][0]["message"]["content"]
         assert client.post("/v1/rag/query", json={"question": "Who made Vela?"}).status_code == 503, "the fake cannot answer"
+        client.post("/v1/completions", json={"model": MODEL, "prompt": "trace"})
     by_name = {span.name: span for span in spans}
     request, chat = (
         by_name["POST /v1/chat/completions"],
@@ -77,6 +78,7 @@ def test_a_receiver_sees_request_retrieval_and_generation(
         "gen_ai.request.temperature": 0.5, "gen_ai.request.max_tokens": 256, "gen_ai.usage.input_tokens": 3,
         "gen_ai.usage.output_tokens": 2, "gen_ai.response.finish_reasons": ["stop"],
     }  # fmt: skip
+    assert attributes(by_name[f"text_completion {MODEL}"])["gen_ai.operation.name"] == "text_completion"
     told = attributes(request)
     assert told["http.route"] == "/v1/chat/completions" and told["http.response.status_code"] == 200
     assert told["llmlab.request.id"] == answer.headers["X-Request-Id"]
