@@ -78,6 +78,13 @@ def test_the_comparison_of_searches_shows_what_was_measured() -> None:
     for option, of in figures["options"].items():
         shown = " | ".join(f"{of[column]:.2f}" for column in ("recall_at_1", "answer_shown", "both_among_4"))
         assert re.search(rf"\| `?{re.escape(option)}`? \| {re.escape(shown)} \| \d+ \|", table), option
+    for count, by_kind in figures["ann"].items():
+        for kind, of in by_kind.items():
+            assert of["recall_at_10"] >= 0.98 and of["speed_ratio_to_flat"] >= 5, (count, kind)
+            assert f"| {int(count):,} | {kind} | {of['recall_at_10']:.3f} | {of['speed_ratio_to_flat']:.0f} |" in README, (
+                count,
+                kind,
+            )
 
 
 def test_the_answers_show_what_was_measured() -> None:
