@@ -48,7 +48,7 @@ def page() -> str:
     counts = Counter(v.state for _, result in both if result for v in result.verdicts.values())
     summary = ", ".join(f"{counts[state]} {words}" for state, words in (
         (HOLDS, "hold"), (FAILS, "do not hold"), (UNKNOWN, "cannot be measured here")))  # fmt: skip
-    lines = [HEAD, "", f"{len(both)} labs, {sum(counts.values())} claims with a verdict: {summary}.", ""]
+    lines = [HEAD, "", f"Labs: {len(both)}. Claims with a verdict: {sum(counts.values())}, of which {summary}.", ""]
     for lab, result in both:
         lines += [*_section(lab, result), ""]
     return "\n".join(lines).rstrip() + "\n"

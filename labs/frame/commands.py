@@ -14,14 +14,16 @@ LabName = Annotated[str, typer.Argument(metavar="NAME", help="A name from `llmla
 def labs() -> None:
     """List the labs: what each claims, how long it takes, what it needs, and the verdicts that are recorded."""
     from labs.frame import collected, declared, needs
+    from labs.frame.verdict import FAILS, HOLDS, UNKNOWN
     from labs.screen import say, table
 
     rows = []
     for lab in declared.all_labs():
         result, lacking = collected.recorded(lab), needs.missing(lab.needs)
         states = [v.state for v in result.verdicts.values()] if result else []
+        counted = [f"{states.count(state)} {state}" for state in (HOLDS, FAILS, UNKNOWN) if state in states]
         rows.append([lab.name, lab.title, f"{lab.minutes:g}", "; ".join(n.command for n in lacking) or "nothing",
-                     ", ".join(f"{states.count(s)} {s}" for s in dict.fromkeys(states)) or "not recorded"])  # fmt: skip
+                     ", ".join(counted) or "not recorded"])  # fmt: skip
     table("Labs", ["name", "what it is about", "minutes", "lacks", "last recorded verdicts"], rows, names_whole=True)
     say("llmlab lab run NAME (--quick: seconds); all verdicts: labs/VERDICTS.md")
 

@@ -47,12 +47,16 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder of labs with one lab in it, which is all that it takes to add one."""
     made = tmp_path / "labs" / "two-and-two"
     made.mkdir(parents=True)
-    (made / "lab.yaml").write_text(yaml.safe_dump(DECLARATION))
+    (made / "lab.yaml").write_text(as_yaml(DECLARATION))
     (made / "lab.py").write_text(SCRIPT)
     (made / "README.md").write_text("# Two and two\n")
     monkeypatch.setattr(declared, "FOLDER", made.parent)
     monkeypatch.setattr(session, "REPORTS", tmp_path / "reports")
     return made
+
+
+def as_yaml(declaration: dict[str, Any]) -> str:
+    return yaml.safe_dump(declaration, sort_keys=False)
 
 
 def llmlab(*arguments: str) -> Any:
@@ -81,7 +85,7 @@ def test_only_a_recorded_full_run_is_kept_and_the_page_is_made_of_it(folder: Pat
     assert kept and kept.form == "full" and (folder / "plot.png").read_bytes().startswith(b"\x89PNG")
     page = (folder.parent / "VERDICTS.md").read_text()
     assert "| Two and two are four | nowhere | **holds** | 4 | adding |" in page and r"A model \| of somebody" in page
-    assert "1 labs, 2 claims with a verdict: 1 hold, 0 do not hold, 1 cannot be measured here." in page
+    assert "Labs: 1. Claims with a verdict: 2, of which 1 hold, 0 do not hold, 1 cannot be measured here." in page
     assert llmlab("lab", "verdicts", "--check").exit_code == 0
     (folder.parent / "VERDICTS.md").write_text(page.replace("**holds**", "**does not hold**"))
     assert llmlab("lab", "verdicts", "--check").exit_code == 1
@@ -92,7 +96,7 @@ def test_only_a_recorded_full_run_is_kept_and_the_page_is_made_of_it(folder: Pat
 
 def test_a_lab_of_other_claims_than_its_verdicts_is_refused(folder: Path) -> None:
     llmlab("lab", "run", "two-and-two", "--record")
-    (folder / "lab.yaml").write_text(yaml.safe_dump(DECLARATION | {"claims": {"sum": CLAIMS["sum"]}}))
+    (folder / "lab.yaml").write_text(as_yaml(DECLARATION | {"claims": {"sum": CLAIMS["sum"]}}))
     with pytest.raises(LabError, match="other claims"):
         collected.page()
     assert llmlab("lab", "run", "two-and-two").exit_code == 2
@@ -110,7 +114,7 @@ def test_a_lab_of_other_claims_than_its_verdicts_is_refused(folder: Path) -> Non
      ({"minutes": 0}, "minutes"), ({"author": "me"}, "author: unknown key")],
 )  # fmt: skip
 def test_a_declaration_that_does_not_fit_is_refused(folder: Path, change: dict[str, Any], said: str) -> None:
-    (folder / "lab.yaml").write_text(yaml.safe_dump(DECLARATION | change))
+    (folder / "lab.yaml").write_text(as_yaml(DECLARATION | change))
     with pytest.raises(ConfigError, match=said):
         declared.find("two-and-two")
 
@@ -125,7 +129,7 @@ def test_a_folder_that_lacks_a_file_and_a_name_that_is_none_are_refused(folder: 
 
 def test_a_lab_that_lacks_something_says_how_to_get_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(needs.NEEDS, "qdrant", needs.Need("a store", "make setup-stores", lambda: False))
-    (folder / "lab.yaml").write_text(yaml.safe_dump(DECLARATION | {"needs": ["qdrant"]}))
+    (folder / "lab.yaml").write_text(as_yaml(DECLARATION | {"needs": ["qdrant"]}))
     done = llmlab("lab", "run", "two-and-two")
     assert done.exit_code == 2 and "make setup-stores" in done.stderr
     assert "make setup-stores" in llmlab("labs").stdout
