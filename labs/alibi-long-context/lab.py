@@ -71,7 +71,7 @@ lab.say(f"{short.numel()} tokens to learn in pieces of {TRAINED}, {len(long)} pi
 # ## Learn short, read long
 
 # %%
-STEPS = lab.pick(400, 10)
+STEPS = lab.pick(250, 10)
 by_place = {}
 for name, model in MODELS.items():
     small.teach(model, short, STEPS, batch=16, rate=2e-3, say=lab.say)

@@ -43,7 +43,7 @@ MODEL, K = "smollm2-135m", 3
 # %%
 began = time.perf_counter()
 with TuningScreen() as watcher:
-    tuned = finetune(Job(MODEL, "lora-quick", (f"schedule.steps={lab.pick(48, 1)}",), pull=False), watcher)
+    tuned = finetune(Job(MODEL, "lora-quick", (f"schedule.steps={lab.pick(36, 1)}",), pull=False), watcher)
 seconds["fine-tune"] = time.perf_counter() - began
 
 # %% [markdown]
@@ -67,7 +67,7 @@ lab.say(f"{done.chunks} passages of {done.documents} pages, {copied.sent} sent t
 
 # %%
 reader = data.load_reader("reader")
-asked = [variants[0] for variants in data.by_fact(reader, reader.test_models)][:: lab.pick(4, 40)]
+asked = [variants[0] for variants in data.by_fact(reader, reader.test_models)][:: lab.pick(5, 40)]
 unknown = [data.about(asked[i % len(asked)], title) for i, title in enumerate(reader.invented_titles_for_test)][
     : lab.pick(None, 1)
 ]
@@ -125,7 +125,6 @@ for name, texts in replies.items():
         "abstained, no answer": sum(r.abstained for r in read[len(asked) :]) / len(unknown),
     }
 base, adapted = scores.values()
-there.index.close()
 
 # %%
 figure = Figure(figsize=(11, 4), layout="constrained")

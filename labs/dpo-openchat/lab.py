@@ -21,7 +21,7 @@ from labs.frame.verdict import judged
 from pipelines.catalogue import find
 from pipelines.hardware import use_all_cores
 from pipelines.tune import adapter, source
-from pipelines.tune.packing import encode_pair, tree
+from pipelines.tune.packing import Packed, encode_pair, tree
 from pipelines.tune.preference import Preferences, log_probabilities
 from pipelines.tune.recipe import Lora, Recipe, load_recipe
 from pipelines.tune.rows import Row
@@ -65,7 +65,7 @@ tokenizer = openchat.tokenizer
 
 
 def trained(
-    model: torch.nn.Module, recipe: Recipe, steps: list[list[source.Packed]], objective: Supervised | Preferences
+    model: torch.nn.Module, recipe: Recipe, steps: list[list[Packed]], objective: Supervised | Preferences
 ) -> list[float]:
     """Train by the project's own loop and return the loss of each step."""
     losses: list[float] = []
@@ -94,7 +94,7 @@ supervised = load_recipe(
     [
         *COMMON,
         f"data={chats}",
-        f"schedule.steps={lab.pick(250, 4)}",
+        f"schedule.steps={lab.pick(200, 4)}",
         "schedule.rows_per_step=16",
         "schedule.rows_per_prompt=1",
         "optimiser.learning_rate=0.002",
@@ -108,7 +108,7 @@ dpo = load_recipe(
     [
         *COMMON,
         f"data={preferences}",
-        f"schedule.steps={lab.pick(200, 4)}",
+        f"schedule.steps={lab.pick(150, 4)}",
         "schedule.rows_per_step=8",
         "optimiser.learning_rate=0.001",
     ],

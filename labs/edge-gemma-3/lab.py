@@ -24,7 +24,7 @@ from pipelines.hardware import use_all_cores
 lab = begin("edge-gemma-3")
 NAME = "gemma-3-1b"
 FORMS = ("f16", "q8_0", "q4_k")
-WRITTEN, READ, ROUNDS = lab.pick((24, 128, 3), (8, 16, 1))
+WRITTEN, ROUNDS = lab.pick((24, 3), (8, 1))
 CONTEXT, LONG = 2048, lab.pick(32768, 8192)
 
 # %% [markdown]
@@ -60,12 +60,12 @@ ids = torch.tensor([prompt(8)])
 
 def seconds_of(tokens: int) -> float:
     """Return the processor time in which transformers writes so many tokens."""
-    before = sum(process.cpu_times()[:2])
+    before: float = sum(process.cpu_times()[:2])
     with torch.inference_mode():
         gemma.model.generate(
             input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False
         )
-    return sum(process.cpu_times()[:2]) - before
+    return float(sum(process.cpu_times()[:2])) - before
 
 
 seconds_of(2)
@@ -80,13 +80,8 @@ lab.say(f"PyTorch in float32: {1 / torch_seconds:.1f} tokens a second of process
 # cores.
 
 # %%
-sizes, memory, writing, reading, speed = (
-    {},
-    {},
-    {form: [] for form in FORMS},
-    {form: [] for form in FORMS},
-    {form: [] for form in FORMS},
-)
+writing: dict[str, list[float]] = {form: [] for form in FORMS}
+speed: dict[str, list[float]] = {form: [] for form in FORMS}
 with tempfile.TemporaryDirectory() as scratch:
     folder = Path(scratch)
     gemma.model.to(torch.float16)
@@ -105,7 +100,6 @@ with tempfile.TemporaryDirectory() as scratch:
             for _ in range(ROUNDS):
                 for form, engine in engines.items():
                     if threads:
-                        reading[form].append(engine.cpu_seconds([prompt(READ)], 1) / READ)
                         into[form].append(engine.cpu_seconds([prompt(8)], WRITTEN) / WRITTEN)
                     else:
                         into[form].append(engine.ask(prompt(8), WRITTEN).generated)

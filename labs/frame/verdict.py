@@ -13,8 +13,10 @@ from pydantic import Field, ValidationError
 from pipelines.config import Config
 from pipelines.errors import RunIncomplete
 
-HOLDS, FAILS, UNKNOWN = "holds", "does not hold", "cannot be measured here"
 State = Literal["holds", "does not hold", "cannot be measured here"]
+HOLDS: State = "holds"
+FAILS: State = "does not hold"
+UNKNOWN: State = "cannot be measured here"
 FILE, PLOT = "verdict.json", "plot.png"
 
 
