@@ -80,16 +80,19 @@ for name, model in MODELS.items():
     lab.say(f"{name}: loss by multiples of the training length " + " ".join(f"{loss:.2f}" for loss in parts))
 
 # %% [markdown]
-# ## Is text further back of use?
-# The same tokens, the last half training length of each long piece, once with all that stands before them and once with no more
-# than the training length allows.
+# ## The same tokens, near and far
+# The last tokens of each long piece, half a training length of them: once at their place, with all that stands before them, and
+# once read within the training length, with no more than that before them.
 
 # %%
 half = TRAINED // 2
-whole = by_place["ALiBi (MPT)"][:, -half:]
-near = small.losses(MODELS["ALiBi (MPT)"], long[:, -TRAINED - 1 :])[:, -half:]
-gain = (near - whole).mean(1)
-gained, error = float(gain.mean()), float(gain.std() / len(gain) ** 0.5)
+rise: dict[str, float] = {}
+error: dict[str, float] = {}
+for name, model in MODELS.items():
+    near = small.losses(model, long[:, -TRAINED - 1 :])[:, -half:]
+    more = (by_place[name][:, -half:] - near).mean(1)
+    rise[name], error[name] = float(more.mean()), float(more.std() / len(more) ** 0.5)
+    lab.say(f"{name}: {rise[name]:+.3f} nats at its place, standard error {error[name]:.3f}")
 
 # %% [markdown]
 # ## StoryWriter's own slopes
@@ -128,22 +131,22 @@ axes.set(title=f"Loss by place in texts of {LONG} tokens", xlabel="place in the 
 axes.legend()
 
 # %%
-within = {name: float(loss[:, half:TRAINED].mean()) for name, loss in by_place.items()}
-rise = {name: float(loss[:, -TRAINED:].mean()) - within[name] for name, loss in by_place.items()}
 first, *rest = rise
 setting = (
     f"models of {alibi.parameters / 1e6:.1f} million parameters, {STEPS} steps of 16 pieces of {TRAINED} tokens of "
-    f"Python's manual and "
-    f"library; {len(long)} kept-back pieces of {LONG} tokens"
+    f"Python's manual "
+    f"and library; the last {half} tokens of {len(long)} kept-back pieces of {LONG}, with all of the text before "
+    f"them against the same "
+    "tokens within the training length"
 )
 lab.conclude(
     {
         "beyond": judged(
-            rise[first] <= 0.02,
-            f"{rise[first]:+.3f} nats (from {within[first]:.2f} in the second half of the training length to the "
-            "last eighth of the long pieces)",
+            rise[first] <= 2 * error[first],
+            f"{rise[first]:+.3f} nats a token (standard error {error[first]:.3f}) at eight times the training length",
             setting,
             rise_nats=rise[first],
+            standard_error_nats=error[first],
         ),
         "others": judged(
             min(rise[name] for name in rest) >= 0.5,
@@ -153,13 +156,11 @@ lab.conclude(
             learned_rise_nats=rise[rest[1]],
         ),
         "uses": judged(
-            gained > 2 * error,
-            f"{gained:+.3f} nats a token (standard error {error:.3f}) from what stands further back",
-            "the same last tokens of the long pieces, with all of the text before them and with the training length "
-            "of it; holds if the gain is "
-            "over two standard errors",
-            gain_nats=gained,
-            standard_error_nats=error,
+            rise[first] < -2 * error[first],
+            f"{rise[first]:+.3f} nats a token (standard error {error[first]:.3f}) with what stands further back",
+            f"{setting}; holds if the loss falls by over two standard errors",
+            change_nats=rise[first],
+            standard_error_nats=error[first],
         ),
         "slopes": judged(
             difference > 1e-4,

@@ -47,7 +47,7 @@ def divided(written: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 (learn_prose, test_prose), (learn_code, test_code) = divided(prose), divided(code)
-small.teach(base.model, learn_prose, lab.pick(250, 8), batch=16, rate=2e-3, say=lab.say)
+small.teach(base.model, learn_prose, lab.pick(200, 8), batch=16, rate=2e-3, say=lab.say)
 
 
 def measured(model: torch.nn.Module) -> tuple[float, float]:
@@ -63,7 +63,7 @@ lab.say(f"{base.parameters / 1e6:.1f} million parameters; loss on the domain {be
 # Each way with two learning rates; the one that ends with the lower training loss counts.
 
 # %%
-STEPS = lab.pick(80, 4)
+STEPS = lab.pick(60, 4)
 RATES = {"all weights": (5e-4, 2e-3)} | dict.fromkeys((f"rank {r}" for r in lab.pick((2, 16), (4,))), (3e-3, 1e-2))
 targets = find("llama-2").target_modules
 after, trained = {}, {}

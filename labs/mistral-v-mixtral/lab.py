@@ -101,15 +101,16 @@ for place, (name, by) in enumerate(least.items()):
 left.set_xticks([i + 0.27 for i in range(len(STREAMS))], [f"{n} text{'s' * (n > 1)} at once" for n in STREAMS])
 left.set(title="Processor time for a token", ylabel="milliseconds")
 left.legend(fontsize=8)
-names = ["Mistral 7B", "Mixtral 8x7B"]
-right.bar([0, 1], [bytes_of[m.name] / 1e9 for m in (mistral, mixtral)], 0.5, label="weights in 4 bits, GB")
-right.bar(
-    [0, 1],
-    [sum(p.numel() for p in on_meta(config_of(mistral)).parameters()) / 1e9, active / 1e9],
-    0.3,
-    label="active parameters, billions",
-)
-right.set_xticks([0, 1], names)
+dense = sum(p.numel() for p in on_meta(config_of(mistral)).parameters())
+for place, (label, values) in enumerate(
+    {
+        "weights in 4 bits, GB": [bytes_of[entry.name] / 1e9 for entry in (mistral, mixtral)],
+        "parameters that work for a token, billions": [dense / 1e9, active / 1e9],
+    }.items()
+):
+    bars = right.bar([i + 0.4 * place for i in range(2)], values, 0.38, label=label)
+    right.bar_label(bars, fmt="%.1f", fontsize=8)
+right.set_xticks([0.2, 1.2], ["Mistral 7B", "Mixtral 8x7B"])
 right.set(title="What has to be there, and what works")
 right.legend(fontsize=8)
 

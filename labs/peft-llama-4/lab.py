@@ -44,7 +44,7 @@ base = small.make(
 learn_prose = small.blocks(prose, base.tokenizer, LENGTH)
 learn_code = small.blocks([text for i, text in enumerate(code) if i % 8], base.tokenizer, LENGTH)
 test_code = small.blocks(code[::8], base.tokenizer, LENGTH)[: lab.pick(160, 8)]
-small.teach(base.model, learn_prose, lab.pick(200, 4), batch=16, rate=2e-3, say=lab.say)
+small.teach(base.model, learn_prose, lab.pick(150, 4), batch=16, rate=2e-3, say=lab.say)
 before = float(small.losses(base.model, test_code).mean())
 in_stacks = sum(p.numel() for name, p in base.model.named_parameters() if ".experts." in name)
 lab.say(
@@ -91,7 +91,7 @@ WAYS = {
 # Each way with two learning rates; the one that ends with the lower training loss counts.
 
 # %%
-STEPS = lab.pick(60, 3)
+STEPS = lab.pick(50, 3)
 falls, trained, merged_gap = {}, {}, 0.0
 for name, (rank, attention, experts) in WAYS.items():
     tries = []
