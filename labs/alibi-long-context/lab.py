@@ -22,18 +22,16 @@ use_all_cores()
 
 # %% [markdown]
 # ## Text
-# Python's manual and modules of its library; every tenth text is kept back.
+# Python's manual and modules of its library, byte by byte; every tenth text is kept back.
 
 # %%
 TRAINED = lab.pick(128, 32)
 TIMES = 8
 LONG = TRAINED * TIMES
-written = texts.manual() + texts.library(lab.pick(1_500_000, 100_000))
+written = texts.manual() + texts.library(lab.pick(600_000, 60_000))
 kept_back = written[::10]
 width, layers = lab.pick((128, 4), (64, 2))
-alibi = small.make(
-    "mpt-7b-storywriter", written[: lab.pick(None, 40)], d_model=width, n_layers=layers, n_heads=8, max_seq_len=LONG
-)
+alibi = small.make("mpt-7b-storywriter", [], d_model=width, n_layers=layers, n_heads=8, max_seq_len=LONG)
 tokenizer = alibi.tokenizer
 rotary = small.make(
     "llama-2",
@@ -65,13 +63,13 @@ learned = AutoModelForCausalLM.from_config(
 MODELS = {"ALiBi (MPT)": alibi.model, "rotary (LLaMA 2)": rotary.model, "learned (GPT-2)": learned}
 short = small.blocks([text for i, text in enumerate(written) if i % 10], tokenizer, TRAINED)
 long = small.blocks(kept_back, tokenizer, LONG)[: lab.pick(64, 8)]
-lab.say(f"{short.numel()} tokens to learn in pieces of {TRAINED}, {len(long)} pieces of {LONG} kept back")
+lab.say(f"{short.numel()} bytes to learn in pieces of {TRAINED}, {len(long)} pieces of {LONG} kept back")
 
 # %% [markdown]
 # ## Learn short, read long
 
 # %%
-STEPS = lab.pick(250, 10)
+STEPS = lab.pick(350, 10)
 by_place = {}
 for name, model in MODELS.items():
     small.teach(model, short, STEPS, batch=16, rate=2e-3, say=lab.say)
@@ -80,8 +78,8 @@ for name, model in MODELS.items():
     lab.say(f"{name}: loss by multiples of the training length " + " ".join(f"{loss:.2f}" for loss in parts))
 
 # %% [markdown]
-# ## The same tokens, near and far
-# The last tokens of each long piece, half a training length of them: once at their place, with all that stands before them, and
+# ## The same bytes, near and far
+# The last bytes of each long piece, half a training length of them: once at their place, with all that stands before them, and
 # once read within the training length, with no more than that before them.
 
 # %%
@@ -127,23 +125,22 @@ for name, loss in by_place.items():
     axes.plot([(i + 0.5) * TRAINED // 4 for i in range(len(smooth))], smooth, label=name)
 axes.axvline(TRAINED, color="0.5", linestyle="--", linewidth=0.8)
 axes.text(TRAINED, axes.get_ylim()[1], " training length", va="top", fontsize=8, color="0.4")
-axes.set(title=f"Loss by place in texts of {LONG} tokens", xlabel="place in the text, tokens", ylabel="loss, nats per token")
+axes.set(title=f"Loss by place in texts of {LONG} bytes", xlabel="place in the text, bytes", ylabel="loss, nats per byte")
 axes.legend()
 
 # %%
 first, *rest = rise
 setting = (
-    f"models of {alibi.parameters / 1e6:.1f} million parameters, {STEPS} steps of 16 pieces of {TRAINED} tokens of "
+    f"models of {alibi.parameters / 1e6:.1f} million parameters, {STEPS} steps of 16 pieces of {TRAINED} bytes of "
     f"Python's manual "
-    f"and library; the last {half} tokens of {len(long)} kept-back pieces of {LONG}, with all of the text before "
-    f"them against the same "
-    "tokens within the training length"
+    f"and library; the last {half} bytes of {len(long)} kept-back pieces of {LONG}, with all of the text before them "
+    "against the same bytes within the training length"
 )
 lab.conclude(
     {
         "beyond": judged(
             rise[first] <= 2 * error[first],
-            f"{rise[first]:+.3f} nats a token (standard error {error[first]:.3f}) at eight times the training length",
+            f"{rise[first]:+.3f} nats a byte (standard error {error[first]:.3f}) at eight times the training length",
             setting,
             rise_nats=rise[first],
             standard_error_nats=error[first],
@@ -157,7 +154,7 @@ lab.conclude(
         ),
         "uses": judged(
             rise[first] < -2 * error[first],
-            f"{rise[first]:+.3f} nats a token (standard error {error[first]:.3f}) with what stands further back",
+            f"{rise[first]:+.3f} nats a byte (standard error {error[first]:.3f}) with what stands further back",
             f"{setting}; holds if the loss falls by over two standard errors",
             change_nats=rise[first],
             standard_error_nats=error[first],

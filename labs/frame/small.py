@@ -43,7 +43,7 @@ def make(name: str, texts: Iterable[str], tokenizer: Any = None, **sizes: Any) -
 
     Args:
         name: a runnable catalogue entry.
-        texts: what the tokenizer is trained on.
+        texts: what the tokenizer is trained on; without any, its tokens are bytes, which a small model learns soonest.
         tokenizer: one to take in place of that.
         sizes: fields of its configuration over those of the rehearsal; of `text_config`, if the entry has one.
     """
