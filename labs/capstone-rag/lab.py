@@ -6,6 +6,7 @@
 # about models that training never saw.
 
 # %%
+import shutil
 import time
 
 from matplotlib.figure import Figure
@@ -48,12 +49,19 @@ seconds["fine-tune"] = time.perf_counter() - began
 
 # %% [markdown]
 # ## Index, and copy it to a vector store
+# All pages; in the quick form only those of the models that are asked about.
 
 # %%
 began = time.perf_counter()
+reader = data.load_reader("reader")
+pages = lab.pick(data.KNOWLEDGE, folder / "pages")
+if lab.quick:
+    pages.mkdir()
+    for name in reader.test_models:
+        shutil.copy(data.KNOWLEDGE / f"{name}.md", pages)
 config = load(named("rag", "default"), RagConfig)
 embedder = load_embedder(config.embedder)
-done = sync(data.KNOWLEDGE, "knowledge", config, embedder)
+done = sync(pages, "knowledge", config, embedder)
 url = f"qdrant:{folder / 'qdrant'}"
 copied = copy_to(url, "knowledge", config, embedder, lambda *_: None)
 here = Retriever(open_index("knowledge", embedder), embedder, config)
@@ -66,7 +74,6 @@ lab.say(f"{done.chunks} passages of {done.documents} pages, {copied.sent} sent t
 # About models that were kept out of training, each with the answer as the page has it; and some about models that do not exist.
 
 # %%
-reader = data.load_reader("reader")
 asked = [variants[0] for variants in data.by_fact(reader, reader.test_models)][:: lab.pick(5, 40)]
 unknown = [data.about(asked[i % len(asked)], title) for i, title in enumerate(reader.invented_titles_for_test)][
     : lab.pick(None, 1)
