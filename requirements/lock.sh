@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Resolves base.in, bench.in, stores.in, ray.in, trace.in, dev.in and chains.in in fresh environments and writes exact pins. Usage: requirements/lock.sh [python3.11]
+# Resolves base.in, bench.in, stores.in, ray.in, trace.in, labs.in, dev.in and chains.in in fresh environments and writes exact pins. Usage: requirements/lock.sh [python3.11]
 set -euo pipefail
 cd "$(dirname "$0")"
 scratch=$(mktemp -d)
@@ -25,6 +25,10 @@ pip install -r trace.in
 { echo "# Written by requirements/lock.sh from trace.in: what it adds to base.lock. Do not edit."
   LC_ALL=C comm -13 <(grep -v '^#' base.lock) <(pins); } > trace.lock
 pip uninstall --yes $(grep -v '^#' trace.lock | cut -d= -f1)
+pip install -r labs.in
+{ echo "# Written by requirements/lock.sh from labs.in: what it adds to base.lock. Do not edit."
+  LC_ALL=C comm -13 <(grep -v '^#' base.lock) <(pins); } > labs.lock
+pip uninstall --yes $(grep -v '^#' labs.lock | cut -d= -f1)
 pip install -r dev.in
 { echo "# Written by requirements/lock.sh from dev.in: what it adds to base.lock. Do not edit."
   LC_ALL=C comm -13 <(grep -v '^#' base.lock) <(pins); } > dev.lock

@@ -37,7 +37,8 @@ def test_the_tree_names_every_folder() -> None:
         shown.add(f"{top}/{name}" if indent else name)
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
     folders = {"/".join(Path(p).parts[:depth]) for p in tracked for depth in (1, 2) if len(Path(p).parts) > depth}
-    expected = {f for f in folders if not f.startswith((".ci", "tests/"))}
+    labs = {f"labs/{p.parent.name}" for p in (ROOT / "labs").glob("*/lab.yaml")}  # `llmlab labs` lists them
+    expected = {f for f in folders if not f.startswith((".ci", "tests/"))} - labs
     assert shown == expected
 
 

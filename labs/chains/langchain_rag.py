@@ -27,14 +27,15 @@ class _Passage:
     text: str
 
 
-def chain(retriever: Retriever, server: str, k: int = 3, max_tokens: int = 96) -> Runnable[str, str]:
+def chain(retriever: Retriever, server: str, k: int = 3, max_tokens: int = 96, model: str | None = None) -> Runnable[str, str]:
     """Return a chain from a question to its answer, which cites passages by their numbers.
 
     Args:
         retriever: of an open index.
-        server: address of the gateway; the adapter answers, if there is one.
+        server: address of the gateway.
         k: passages for a question.
         max_tokens: longest answer.
+        model: a name that it serves; if not given, the adapter answers, if there is one.
 
     Raises:
         ConfigError: langchain-openai is not installed.
@@ -49,10 +50,10 @@ def chain(retriever: Retriever, server: str, k: int = 3, max_tokens: int = 96) -
     except ModuleNotFoundError:
         raise ConfigError("langchain-openai is not installed", "langchain-openai in .venv", "make setup-chains") from None
     key = os.environ.get(KEY_VARIABLE, "none")
-    model = ChatOpenAI(base_url=f"{server}/v1", api_key=key, model=preferred(server), temperature=0, max_tokens=max_tokens,
-                       http_client=httpx.Client(trust_env=False))  # fmt: skip
+    asked = ChatOpenAI(base_url=f"{server}/v1", api_key=key, model=model or preferred(server), temperature=0,
+                       max_tokens=max_tokens, http_client=httpx.Client(trust_env=False))  # fmt: skip
     found = {"documents": as_langchain(retriever, k), "question": RunnablePassthrough()}
-    made: Runnable[str, str] = found | RunnableLambda(_prompt) | model | StrOutputParser()
+    made: Runnable[str, str] = found | RunnableLambda(_prompt) | asked | StrOutputParser()
     return made
 
 

@@ -45,9 +45,14 @@ def build(entry: Model, texts: Iterable[str], folder: Path) -> Path:
     with quiet_loading():
         model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    write_pieces(entry, tokenizer, folder)
+    return folder
+
+
+def write_pieces(entry: Model, tokenizer: Any, folder: Path) -> None:
+    """Write SentencePiece's own file beside a tokenizer of a family that has one; llama.cpp's converter asks for it."""
     if entry.rehearsal and entry.rehearsal.tokenizer == "pieces":
         (folder / PIECES_FILE).write_bytes(_as_sentencepiece(tokenizer, entry.rehearsal.special_tokens))
-    return folder
 
 
 def texts() -> list[str]:

@@ -34,6 +34,8 @@ COMMANDS = (
     "ask",
     "monitor",
     "dashboards",
+    "labs",
+    "lab",
     "demo",
 )
 
