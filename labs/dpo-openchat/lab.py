@@ -155,6 +155,8 @@ right = (margins > 0).float()
 accuracy, error = float(right.mean()), 0.5 / len(right) ** 0.5
 of_rule = {"longer": float((longer > 0).float().mean()), "shorter": float((longer < 0).float().mean())}
 rule = max(of_rule, key=lambda name: of_rule[name])
+ahead = right - ((longer > 0) if rule == "longer" else (longer < 0)).float()
+lead, lead_error = float(ahead.mean()), float(ahead.std() / len(ahead) ** 0.5)
 where_longer, where_shorter = float(right[longer > 0].mean()), float(right[longer < 0].mean())
 correlation = float(torch.corrcoef(torch.stack([margins, longer]))[0, 1])
 before = float((reference[:, 0] > reference[:, 1]).float().mean())
@@ -168,7 +170,7 @@ first.axhline(math.log(2), color="0.5", linestyle="--", linewidth=0.8, label="ln
 first.set(title="DPO loss", xlabel="step", ylabel="nats")
 first.legend()
 bars = second.bar(
-    ["DPO", f"always the {rule}", "DPO, better\nis longer", "DPO, better\nis shorter"],
+    ["DPO", f"always the\n{rule}", "DPO, better\nis longer", "DPO, better\nis shorter"],
     [accuracy, of_rule[rule], where_longer, where_shorter],
 )
 second.bar_label(bars, fmt="%.2f")
@@ -203,9 +205,10 @@ lab.conclude(
             accuracy=accuracy,
         ),
         "rule": judged(
-            accuracy > of_rule[rule],
-            f"{accuracy:.0%} against {of_rule[rule]:.0%} of always taking the {rule}",
-            setting,
+            lead > 2 * lead_error,
+            f"{accuracy:.0%} against {of_rule[rule]:.0%} of always taking the {rule} (standard error of the "
+            f"difference {lead_error:.1%})",
+            f"{setting}; holds if the difference is over two standard errors",
             accuracy=accuracy,
             accuracy_of_rule=of_rule[rule],
         ),
