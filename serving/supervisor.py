@@ -118,14 +118,18 @@ class Supervisor:
             return 0
 
     def cpu_seconds(self) -> float:
-        """Return the time that processors have spent on the engine so far, which others on the machine lengthen little."""
+        """Return the time that processors have spent on the engine so far, which others on the machine lengthen little.
+
+        Raises:
+            EngineError: the engine has ended.
+        """
         import psutil
 
         assert self._process is not None
         try:
             times = [process.cpu_times() for process in psutil.Process(self._process.pid).children(recursive=True)]
         except psutil.Error:
-            return 0.0
+            raise EngineError("the engine ended while it was measured", "one that runs", "look at its log") from None
         return float(sum(t.user + t.system for t in times))
 
     def stop(self) -> None:

@@ -1,6 +1,6 @@
 """The engine, as requests see it: an OpenAI chat request in, one completion or a stream of chunks out.
 
-Connections are aiohttp's, which take less than half of httpx's time for each token.
+Connections are aiohttp's; httpx's own take about twice the time for each token.
 
 Every failure leaves here as one of the errors in `serving.problems`, and every generation is counted. A stream that is
 closed early closes the connection to the engine, which then stops generating. `switch` turns new requests to another engine
@@ -68,6 +68,10 @@ class Meter:
     The times to the first token and between tokens are measured on streams only: a completion in one piece does not show them.
     The key of the current request is charged for the tokens; for a stream that ends early, the pieces that came and the estimated
     prompt.
+
+    Args:
+        model: name of what generates.
+        path: of the engine's endpoint, which says whether it is a chat or a text.
     """
 
     def __init__(self, model: str, path: str = CHAT_PATH) -> None:

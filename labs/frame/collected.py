@@ -42,7 +42,7 @@ def page() -> str:
     """Return the page as Markdown.
 
     Raises:
-        LabError: a recorded result does not fit the claims of its lab.
+        LabError: a recorded result is not of its lab as it is now.
     """
     both = [(lab, recorded(lab)) for lab in declared.all_labs()]
     counts = Counter(v.state for _, result in both if result for v in result.verdicts.values())
@@ -58,11 +58,12 @@ def recorded(lab: Lab) -> Result | None:
     """Return a lab's recorded result, None if it was never recorded.
 
     Raises:
-        LabError: it is of other claims than the lab has now, or of the quick form.
+        LabError: it is not of the lab as it is now, claims and cells, or of the quick form.
     """
     result = verdict.read(lab.folder)
-    if result and (set(result.verdicts) != set(lab.claims) or result.form != "full" or result.lab != lab.name):
-        raise LabError(f"labs/{lab.name}/{verdict.FILE} is of other claims than {declared.DECLARED}, or of the quick form",
+    if result and (result.fingerprint != lab.fingerprint or result.form != "full" or result.lab != lab.name):
+        raise LabError(f"labs/{lab.name}/{verdict.FILE} is of other claims than {declared.DECLARED}, of other cells than "
+                       f"{declared.SCRIPT}, or of the quick form",
                        "a full run of the lab as it is", f"llmlab lab run {lab.name} --record")  # fmt: skip
     return result
 

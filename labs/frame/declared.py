@@ -5,6 +5,9 @@ Adding a lab is adding such a folder; nothing else names it. `llmlab labs` lists
 
 from __future__ import annotations
 
+import ast
+import hashlib
+import json
 from pathlib import Path
 
 from pydantic import Field
@@ -36,6 +39,21 @@ class Lab(Named):
     def folder(self) -> Path:
         """Return the lab's folder."""
         return FOLDER / self.name
+
+    @property
+    def fingerprint(self) -> str:
+        """Return the sha256 of what a verdict is of: the claims, and lab.py but for its comments and its form.
+
+        Raises:
+            ConfigError: lab.py is no Python.
+        """
+        try:
+            script = ast.dump(ast.parse((self.folder / SCRIPT).read_text(encoding="utf-8")))
+        except (SyntaxError, ValueError) as error:
+            raise ConfigError(f"labs/{self.name}/{SCRIPT} is no Python: {error}", "cells of Python",
+                              f"edit labs/{self.name}/{SCRIPT}") from None  # fmt: skip
+        claims = {key: claim.model_dump() for key, claim in self.claims.items()}
+        return hashlib.sha256(json.dumps([script, claims]).encode()).hexdigest()
 
 
 def names() -> list[str]:

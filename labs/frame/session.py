@@ -39,6 +39,7 @@ class Session:
     Attributes:
         about: what the lab declares.
         quick: True in the form that takes seconds.
+        fingerprint: of the lab as it was when this began, whatever is edited meanwhile.
         stack: what is undone once the lab has concluded.
         result: what was concluded; None before the last cell.
         folder: where it was written.
@@ -46,6 +47,7 @@ class Session:
 
     about: Lab
     quick: bool
+    fingerprint: str
     began: float = field(default_factory=time.monotonic)
     stack: ExitStack = field(default_factory=ExitStack)
     result: Result | None = None
@@ -82,16 +84,16 @@ class Session:
             raise ConfigError(f"lab {name} gives verdicts on {sorted(verdicts)}", f"one on each of {sorted(claims)}",
                               f"edit labs/{name}/{declared.SCRIPT} or {declared.DECLARED}")  # fmt: skip
         self.stack.close()
-        ordered = {key: verdicts[key] for key in self.about.claims}
-        self.result = Result(lab=self.about.name, form=self.pick("full", "quick"), verdicts=ordered, machine=_machine(),
-                             versions=_versions(), date=f"{datetime.now(UTC):%Y-%m-%d}",
+        ordered = {key: verdicts[key] for key in claims}
+        self.result = Result(lab=name, fingerprint=self.fingerprint, form=self.pick("full", "quick"), verdicts=ordered,
+                             machine=_machine(), versions=_versions(), date=f"{datetime.now(UTC):%Y-%m-%d}",
                              seconds=round(time.monotonic() - self.began, 1))  # fmt: skip
-        self.folder = REPORTS / self.about.name / f"{datetime.now(UTC):%Y%m%dT%H%M%S%fZ}-{self.result.form}"
+        self.folder = REPORTS / name / f"{datetime.now(UTC):%Y%m%dT%H%M%S%fZ}-{self.result.form}"
         self.folder.mkdir(parents=True)
         runs.write_text(self.folder / FILE, as_json(self.result))
         plot.savefig(self.folder / PLOT, dpi=100, metadata={"Software": None})
         table(f"{self.about.title} ({self.result.form} form, {self.result.seconds:.0f} s)", ["claim", "verdict", "figure"],
-              [[self.about.claims[key].text, v.state, v.figure] for key, v in ordered.items()])  # fmt: skip
+              [[claims[key].text, v.state, v.figure] for key, v in ordered.items()])  # fmt: skip
         return self.result
 
 
@@ -103,7 +105,7 @@ def begin(name: str) -> Session:
     """
     lab = declared.find(name)
     needs.check(name, lab.needs)
-    return Session(lab, os.environ.get(QUICK) == "1")
+    return Session(lab, os.environ.get(QUICK) == "1", lab.fingerprint)
 
 
 def as_json(result: Result) -> str:

@@ -33,6 +33,7 @@ class Result(Config):
     """Of one run of a lab."""
 
     lab: str
+    fingerprint: str = Field(description="of the lab that was run, `Lab.fingerprint`")
     form: Literal["quick", "full"]
     verdicts: dict[str, Verdict] = Field(min_length=1)
     machine: str

@@ -139,7 +139,10 @@ def learned_at(name: str) -> int | None:
 
 
 def _holds_for(index: Index, config: RagConfig) -> str:
-    facts = [index.manifest["fingerprint"], index.manifest["docs"], config.dense_weight, config.candidates, config.stemmer]
+    from pipelines.rag import ranking
+
+    facts = [index.manifest["fingerprint"], index.manifest["docs"], config.dense_weight, config.candidates, config.stemmer,
+             ranking.FUSION]  # fmt: skip
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from pipelines.rag.index import Index, RagConfig
 
+FUSION = "standard scores"  # how words and vectors are put together; what was learned with another way holds no more
 LEAST_SPREAD = 1e-6  # of scores that are not all alike but for rounding
 
 

@@ -94,6 +94,20 @@ def test_only_a_recorded_full_run_is_kept_and_the_page_is_made_of_it(folder: Pat
     assert "1 holds, 1 cannot be measured here" in " ".join(llmlab("labs").stdout.replace("│", " ").split())
 
 
+def test_verdicts_are_of_the_lab_as_it_is(folder: Path) -> None:
+    llmlab("lab", "run", "two-and-two", "--record")
+    script = folder / "lab.py"
+    script.write_text(SCRIPT.replace("# # Two and two", "# # Two  and two, explained").replace("total == 4", "total  ==  4"))
+    assert llmlab("lab", "verdicts", "--check").exit_code == 0, "comments and spaces decide nothing"
+    for change in (("total == 4", "total == 5"), ("[2, 2]", "[2, 4]"), ("begin(", "begin[")):
+        script.write_text(SCRIPT.replace(*change))
+        assert llmlab("lab", "verdicts", "--check").exit_code != 0, change
+    script.write_text(SCRIPT)
+    (folder / "lab.yaml").write_text(as_yaml(DECLARATION | {"claims": CLAIMS | {"sum": {"text": "Five", "document": "x"}}}))
+    with pytest.raises(LabError, match="other claims"):
+        collected.page()
+
+
 def test_a_lab_of_other_claims_than_its_verdicts_is_refused(folder: Path) -> None:
     llmlab("lab", "run", "two-and-two", "--record")
     (folder / "lab.yaml").write_text(as_yaml(DECLARATION | {"claims": {"sum": CLAIMS["sum"]}}))

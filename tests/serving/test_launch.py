@@ -283,7 +283,8 @@ def test_ctrl_c_while_the_engine_loads(tmp_path: Path) -> None:
     process = subprocess.Popen(command, env=environment_of(tmp_path), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     others = wait_until(lambda: descendants(process.pid))
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=60)
+    said = process.communicate(timeout=60)[0].decode()
+    assert process.returncode == 0 and said.endswith("stopped\n") and "Traceback" not in said, said
     wait_until(lambda: gone(others), 30)
 
 

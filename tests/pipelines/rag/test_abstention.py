@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pipelines.errors import DataError
-from pipelines.rag import abstention
+from pipelines.rag import abstention, ranking
 from pipelines.rag.abstention import kept, learn, save
 from pipelines.rag.asked import Asked, read_questions
 from pipelines.rag.embed import Embedder
@@ -46,7 +46,7 @@ def test_a_threshold_keeps_its_promise_and_tells_questions_apart(birds: Retrieve
 
 
 def test_a_kept_threshold_is_used_and_a_sync_keeps_it(
-    birds: Retriever, tmp_path: Path, config: RagConfig, minilm: Embedder
+    birds: Retriever, tmp_path: Path, config: RagConfig, minilm: Embedder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     question = "How is QLoRA different from LoRA?"
     assert birds.retrieve(question, 3).answerable
@@ -60,6 +60,9 @@ def test_a_kept_threshold_is_used_and_a_sync_keeps_it(
     again = open_retriever("birds", minilm, config)
     assert again.threshold == found.value and kept(again.index, config) == found
     assert kept(again.index, config.model_copy(update={"dense_weight": 0.0})) is None
+    with monkeypatch.context() as patch:
+        patch.setattr(ranking, "FUSION", "another way")
+        assert kept(again.index, config) is None
     other = write_pages(tmp_path / "other", {"new.md": "# New\n\nAnother folder.\n"})
     sync(other, "birds", config, minilm)
     assert open_retriever("birds", minilm, config).threshold is None

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+from scipy.special import expit
+from scipy.stats import zscore
 
 from pipelines.errors import ConfigError, DataError
 from pipelines.rag.adapters import as_langchain, as_llamaindex
@@ -28,6 +32,25 @@ def test_the_right_passage_comes_first(retriever: Retriever) -> None:
     scores = [hit.score for hit in found.hits]
     assert scores == sorted(scores, reverse=True) and len(scores) == 3
     assert found.embed_seconds > 0 and found.search_seconds > 0
+
+
+@pytest.mark.parametrize("question", ["How is Falcon 40B licensed?", "licence", "What draws dashboards?"])
+@pytest.mark.parametrize("weight", [0.2, 0.5, 0.8])
+def test_words_and_vectors_are_weighed_by_their_standard_scores(retriever: Retriever, question: str, weight: float) -> None:
+    """All chunks are candidates here, so that SciPy's scores of all of them give the order."""
+    shaped = replace(retriever, config=retriever.config.model_copy(update={"dense_weight": weight}))
+    index, vector = retriever.index, retriever.embedder.embed_questions([question])[0]
+    cosines, words = index.vectors.rows @ vector, index.words.scores(question)
+    expected = expit(weight * zscore(cosines) + (1 - weight) * zscore(words))
+    hits = shaped.retrieve(question, len(index)).hits
+    assert [hit.row for hit in hits] == np.argsort(-expected, kind="stable").tolist()
+    assert [hit.score for hit in hits] == pytest.approx(sorted(expected, reverse=True), abs=1e-5)
+
+
+def test_words_that_no_passage_has_leave_the_order_to_the_vectors(retriever: Retriever) -> None:
+    hits = retriever.retrieve("zzyzx", 3).hits
+    cosines = [hit.cosine for hit in hits]
+    assert cosines == sorted(cosines, reverse=True) and 0 < hits[0].score < 1  # type: ignore[type-var]
 
 
 @pytest.mark.parametrize("k", [0, -1, MAX_K + 1, 10_000])
