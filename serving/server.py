@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 import ssl
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -19,11 +21,14 @@ import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from monitoring.metrics import ADMISSION_REFUSED
+from monitoring.metrics import ADMISSION_REFUSED, GATEWAY_TASKS
+from serving.address import BACKLOG
 from serving.drain import Drain
 from serving.problems import Overloaded, openai_body
 from serving.settings import ConnectionBounds
 
+ACCEPTED_AT_ONCE = 2  # of several workers on one socket; asyncio would let the first that wakes take all that wait
+TICKS = 10  # in a second
 CUT_SECONDS = 1  # until requests are cancelled whose time is over
 
 
@@ -80,6 +85,14 @@ class DrainingServer(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, drain: Drain) -> None:
         super().__init__(config)
         self.drain = drain
+        self.on_started: Callable[[], object] = lambda: None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begin to accept, and say so; asyncio takes the backlog for the number to accept at once too, so it is set again."""
+        await super().startup(sockets)
+        for listening in sockets or ():
+            listening.listen(BACKLOG)
+        self.on_started()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002 - the signature of a signal handler
         """Begin the drain at the first signal, and end at once at the second."""
@@ -89,14 +102,26 @@ class DrainingServer(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         """Return whether to stop; asked ten times a second."""
+        if not counter % TICKS:
+            GATEWAY_TASKS.set(len(asyncio.all_tasks()))  # another worker may be the one that is scraped
         return await super().on_tick(counter) or self.drain.over
 
 
-def server(app: ASGIApp, drain: Drain, bounds: ConnectionBounds, tls: ssl.SSLContext | None) -> DrainingServer:
-    """Return the server of an application, ready to run; it speaks TLS if there is a context for it."""
+def server(
+    app: ASGIApp, drain: Drain, bounds: ConnectionBounds, tls: ssl.SSLContext | None, *, shared: bool = False
+) -> DrainingServer:
+    """Return the server of an application, ready to run.
+
+    Args:
+        app: the application.
+        drain: says when it stops.
+        bounds: of connections.
+        tls: what it speaks TLS by; None for plain HTTP.
+        shared: True if other processes accept from the same socket.
+    """
     protocol = type("BoundedConnection", (Connection,), {"bounds": bounds})
     config = uvicorn.Config(app, http=protocol, log_config=None, access_log=False, server_header=False, ws="none",
-                            timeout_graceful_shutdown=CUT_SECONDS,
+                            timeout_graceful_shutdown=CUT_SECONDS, backlog=ACCEPTED_AT_ONCE if shared else BACKLOG,
                             ssl_context_factory=(lambda *_: tls) if tls else None)  # fmt: skip
     return DrainingServer(config, drain)
 

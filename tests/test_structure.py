@@ -17,7 +17,7 @@ MODULES = sorted(p for package in PACKAGES for p in (ROOT / package).rglob("*.py
 LEAVES = {"pipelines.config", "pipelines.errors", "monitoring.metrics"}
 ALLOWED = {
     "pipelines": {"pipelines", "monitoring.metrics"},
-    "serving": {"pipelines", "serving", "monitoring.metrics", "monitoring.hardware"},
+    "serving": {"pipelines", "serving", "monitoring.metrics", "monitoring.hardware", "monitoring.workers"},
     "monitoring": {"monitoring"},
     "labs": {"pipelines", "serving", "monitoring", "labs"},
 }
