@@ -123,7 +123,7 @@ def two_workers(runs: Path, index: Path) -> Iterator[tuple[psutil.Process, str]]
         yield psutil.Process(server.pid), re.findall(r"^gateway (\S+)", "".join(lines), re.M)[0]
     finally:
         server.send_signal(signal.SIGTERM)
-        server.wait(60)
+        server.communicate(timeout=60)
 
 
 def workers_of(server: psutil.Process) -> list[psutil.Process]:
@@ -208,7 +208,8 @@ def check_a_killed_worker(http: httpx.Client, url: str, server: psutil.Process) 
     before = workers_of(server)
     body = CHAT | {"stream": True, "max_tokens": 400, "ignore_eos": True}
     with httpx.stream("POST", url + "/v1/chat/completions", json=body, trust_env=False, timeout=60) as reply:
-        next(reply.iter_lines())
+        lines = reply.iter_lines()  # held, since the reply is closed with it
+        next(lines)
         assert metric(http, "llmlab_admission_running") == 1
         busy = holder(server, before)
         cpu = metric(http, "process_cpu_seconds_total")
