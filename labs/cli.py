@@ -21,6 +21,7 @@ from labs import models as catalogue_screen
 from labs.bench.commands import bench_app
 from labs.dashboards import dashboards_app
 from labs.data import data_app
+from labs.faults.commands import break_
 from labs.index import index_app
 from labs.keys import keys_app
 from labs.runs import runs_app, tuned_run
@@ -293,6 +294,9 @@ def monitor(
     config = load_serve_config()
     training = f"{HOST}:{PORT if metrics_port is None else metrics_port}"
     watch(f"{config.host}:{port or config.port}", training, say)
+
+
+app.command("break")(break_)
 
 
 @app.command()
