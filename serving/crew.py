@@ -21,9 +21,8 @@ class Job(Config):
         model: as the user named it.
         engine: the one that was chosen.
         engine_port: where it listens.
-        slots: sequences that it generates at once.
         adapters: each NAME=RUN; or the id of an export run, or "none".
-        config: of the whole gateway; a worker takes its share of it.
+        config: of the whole gateway, with no size left open; a worker takes its share of it.
         number: of the worker, from 0.
         socket: the descriptor that all workers accept from.
     """
@@ -31,7 +30,6 @@ class Job(Config):
     model: str
     engine: str
     engine_port: int
-    slots: int
     adapters: list[str]
     config: ServeConfig
     number: int = 0
@@ -41,11 +39,9 @@ class Job(Config):
     def share(self) -> ServeConfig:
         """Return the configuration of this one worker; the slots are those of the engine, whoever uses them."""
         config, workers = self.config, self.config.workers
-        return config.model_copy(update={
-            "admission": config.admission.share(self.slots, workers, self.number),
-            "connections": config.connections.share(workers, self.number),
-            "slots": config.slots.model_copy(update={self.engine: self.slots}),  # the memory that is free was asked for once
-        })  # fmt: skip
+        admission = config.admission.share(getattr(config.slots, self.engine), workers, self.number)
+        connections = config.connections.share(workers, self.number)
+        return config.model_copy(update={"admission": admission, "connections": connections})
 
 
 class News(Config):

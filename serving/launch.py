@@ -35,7 +35,7 @@ from serving.documents import Documents
 from serving.drain import Drain
 from serving.engines.contract import Launch
 from serving.engines.provider import PROVIDER, remote_model
-from serving.engines.vllm import check_gpus, check_room
+from serving.engines.vllm import check_gpus, check_room, weight_bytes
 from serving.keys import key_path
 from serving.knowledge import Knowledge, open_knowledge
 from serving.logs import written
@@ -43,6 +43,7 @@ from serving.prices import price_of
 from serving.rates import Rates
 from serving.service import Service
 from serving.settings import ServeConfig
+from serving.sizes import sizes_of
 from serving.supervisor import Supervisor
 from serving.tls import context as tls_context
 from serving.traces import check_traces
@@ -59,7 +60,6 @@ Say = Callable[[str], None]
 WORK = ROOT / ".cache" / "serve"
 ENGINE_HOST = "127.0.0.1"  # the engine has no limits and no authentication: only the gateway talks to it
 GPU_RESERVE = 0.03  # of its memory, which vLLM's own start takes before it looks
-SLOTS_FOR_EACH_CPU, MOST_SLOTS, MEMORY_SHARE_OF_SLOTS = 2, 16, 0.5
 STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")
 
 
@@ -125,8 +125,8 @@ def _serve_by_workers(
                               f"--set workers={most}, or more slots")  # fmt: skip
         _await_engine(begun)
         adapters = [f"{each.name}={each.run.id}" for each in launch.adapters]
-        job = Job(model=model_name, engine=begun.supervisor.engine.name, engine_port=launch.port, config=config,
-                  slots=launch.slots, adapters=adapters or [begun.chosen.whole.id if begun.chosen.whole else NONE])  # fmt: skip
+        job = Job(model=model_name, engine=begun.supervisor.engine.name, engine_port=launch.port, config=_as_begun(config, begun),
+                  adapters=adapters or [begun.chosen.whole.id if begun.chosen.whole else NONE])  # fmt: skip
         with Workers(job, begun.address, begun.supervisor, WORK) as workers:
             _say_addresses(_url(begun.address, config), config.host, launch.names, say)
             say(f"ready, with {config.workers} workers; Ctrl-C stops gateway and engine")
@@ -176,7 +176,6 @@ def _begun(model_name: str, config: ServeConfig, adapter: str | Sequence[str], p
         say("warning: log.prompts is true, so the log holds what users ask")
     choice = choose_engine(config.engine)
     model = model_of(model_name, choice.choice, config)
-    _check_context(model, config)
     say(f"engine  {choice.choice}: {choice.reason}")
     chosen = _chosen(model, choice, [adapter] if isinstance(adapter, str) else adapter, say)
     _tls(config)
@@ -202,6 +201,13 @@ def _prepared(
         stack.callback(service.adapters.stop)
         _say_addresses(_url(begun.address, config), config.host, service.names, say)
         yield service, server_of(service), begun.address
+
+
+def _as_begun(config: ServeConfig, begun: _Begun) -> ServeConfig:
+    """Return a configuration that leaves no size open: another look at the free memory would find less of it."""
+    launch = begun.supervisor.launch
+    slots = config.slots.model_copy(update={begun.supervisor.engine.name: launch.slots})
+    return config.model_copy(update={"context_tokens": launch.context_tokens, "slots": slots})
 
 
 def _await_engine(begun: _Begun) -> None:
@@ -259,14 +265,16 @@ def _supervisor(model: Model, config: ServeConfig, choice: Choice, chosen: Chose
 def launch_of(model: Model, config: ServeConfig, engine_name: str, chosen: Chosen, port: int, pull: bool, say: Say) -> Launch:
     """Return how an engine is started on a port; `WeightsMissing` if the base is not on disk and may not be fetched."""
     engine, machine, whole = engines.named(engine_name), probe(), chosen.whole
+    base = exported_base(whole, engine_name) if whole else engine.base_path(model, pull, say)
+    sizes = sizes_of(model, config, engine_name, machine, weight_bytes(base) if base else 0)
     return Launch(
         model=tuned_name(model.name) if whole else model.name,
-        base=exported_base(whole, engine_name) if whole else engine.base_path(model, pull, say),
+        base=base,
         adapters=chosen.adapters,
         host=ENGINE_HOST,
         port=port,
-        context_tokens=config.context_tokens,
-        slots=slots_of(model, config, engine_name, machine),
+        context_tokens=sizes.context_tokens,
+        slots=sizes.slots,
         threads=machine.cpus,
         gpu=bool(machine.gpus) and engine_name == "vllm",
         work=WORK / f"{engine_name}-{port}",
@@ -275,25 +283,6 @@ def launch_of(model: Model, config: ServeConfig, engine_name: str, chosen: Chose
         provider=config.provider.model_copy(update={"model": model.provider}),
         speculation=config.speculation,
     )
-
-
-def slots_of(model: Model, config: ServeConfig, engine: str, machine: Machine) -> int:
-    """Return how many sequences an engine generates at once: as configured, or what cores and memory are good for.
-
-    Args:
-        model: is served.
-        config: with `slots`.
-        engine: name of the engine.
-        machine: that it runs on.
-    """
-    wanted: int | None = getattr(config.slots, engine)
-    if wanted is not None:
-        return wanted
-    wanted = min(MOST_SLOTS, SLOTS_FOR_EACH_CPU * machine.cpus)
-    if model.config is None:
-        return wanted
-    context = cache_of(config_of(model)).bytes(config.context_tokens)
-    return max(1, min(wanted, int(MEMORY_SHARE_OF_SLOTS * machine.free_memory_bytes) // context))
 
 
 def _gpu_memory_share(config: ServeConfig, machine: Machine) -> float:
@@ -335,13 +324,6 @@ def stopped_by_signals() -> Iterator[Callable[[], bool]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _check_context(model: Model, config: ServeConfig) -> None:
-    longest = model.context_tokens or config.context_tokens
-    if config.context_tokens > longest:
-        raise ConfigError(f"context_tokens is {config.context_tokens}", f"at most {longest}, which {model.name} was made for",
-                          f"--set context_tokens={longest}")  # fmt: skip
 
 
 def _about(chosen: Chosen, model: str, wanted: Sequence[str]) -> list[str]:

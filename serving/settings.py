@@ -222,7 +222,7 @@ class ServeConfig(Config):
     documents: str | None = Field(min_length=1, description="folder that /v1/documents changes; None for one beside the index")
     max_documents: int = Field(ge=1)
     max_document_bytes: int = Field(ge=1)
-    context_tokens: int = Field(ge=256)
+    context_tokens: int | None = Field(ge=256, description="null: what the machine has room for, see serving.sizes")
     slots: Slots
     gpu_memory_share: float = Field(gt=0, le=1, description="of a GPU's memory, for weights and cache of vLLM")
     speculation: bool = Field(description="let llama.cpp guess tokens from the text before")

@@ -61,8 +61,10 @@ def unsupervised_end(sandbox: Sandbox) -> Iterator[None]:
     rows = sandbox.folder / "chats.jsonl"
     rows.write_text("\n".join(json.dumps(row) for row in desk.rows()), encoding="utf-8")
     given = [word for setting in TRAINING for word in ("--set", setting)]
+    sandbox.traffic.resize(0)  # users would slow it down
     sandbox.command("finetune", MODEL, "--recipe", "lora-quick", "--data", str(rows), "--metrics-port", "none", *given)
     sandbox.deploy(adapter="latest")
+    sandbox.traffic.resize(CLIENTS)
     yield
 
 
