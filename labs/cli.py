@@ -21,6 +21,7 @@ from labs import models as catalogue_screen
 from labs.bench.commands import bench_app
 from labs.dashboards import dashboards_app
 from labs.data import data_app
+from labs.faults.commands import break_
 from labs.frame.commands import lab_app, labs
 from labs.index import index_app
 from labs.keys import keys_app
@@ -296,6 +297,9 @@ def monitor(
     config = load_serve_config()
     training = f"{HOST}:{PORT if metrics_port is None else metrics_port}"
     watch(f"{config.host}:{port or config.port}", training, say)
+
+
+app.command("break")(break_)
 
 
 @app.command()

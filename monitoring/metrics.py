@@ -7,7 +7,7 @@ A leaf: it imports prometheus_client and nothing of ours. It does not decide whe
     curl -s http://127.0.0.1:8090/metrics    # of a training
 
 Units are base units (seconds, bytes, tokens, dollars). Labels are bounded: what a client can choose goes through
-`bounded` first.
+`bounded` first. Where a gateway has several processes (`monitoring.workers`), a gauge with the mode livesum is summed over them.
 """
 
 from __future__ import annotations
@@ -78,9 +78,17 @@ HTTP_REQUEST_DURATION = Histogram(
     buckets=_REQUEST_SECONDS,
     registry=REGISTRY,
 )
-HTTP_REQUESTS_IN_FLIGHT = Gauge("llmlab_http_requests_in_flight", "Requests accepted and not yet answered.", registry=REGISTRY)
+HTTP_REQUESTS_IN_FLIGHT = Gauge(
+    "llmlab_http_requests_in_flight",
+    "Requests accepted and not yet answered.",
+    registry=REGISTRY,
+    multiprocess_mode="livesum",
+)
 GATEWAY_TASKS = Gauge(
-    "llmlab_gateway_tasks", "Tasks of the gateway's event loop; they come and go with requests.", registry=REGISTRY
+    "llmlab_gateway_tasks",
+    "Tasks of the gateway's event loop; they come and go with requests.",
+    registry=REGISTRY,
+    multiprocess_mode="livesum",
 )
 
 GENERATION_REQUESTS = Counter(
@@ -148,8 +156,18 @@ COST = Counter(
     registry=REGISTRY,
 )
 
-ADMISSION_RUNNING = Gauge("llmlab_admission_running", "Generations that have a place at the engine.", registry=REGISTRY)
-ADMISSION_WAITING = Gauge("llmlab_admission_waiting", "Generations that wait in the gateway for a place.", registry=REGISTRY)
+ADMISSION_RUNNING = Gauge(
+    "llmlab_admission_running",
+    "Generations that have a place at the engine.",
+    registry=REGISTRY,
+    multiprocess_mode="livesum",
+)
+ADMISSION_WAITING = Gauge(
+    "llmlab_admission_waiting",
+    "Generations that wait in the gateway for a place.",
+    registry=REGISTRY,
+    multiprocess_mode="livesum",
+)
 ADMISSION_WAIT = Histogram(
     "llmlab_admission_wait_seconds",
     "Time that a generation waited for its place; 0 for one that did not wait.",
@@ -251,6 +269,7 @@ ENGINE_INFO = Gauge(
     ("engine", "reason"),
     registry=REGISTRY,
 )
+ENGINE_METRICS = (ENGINE_UP, ENGINE_RESTARTS, ENGINE_CIRCUIT_OPEN, ENGINE_SLOTS, ENGINE_INFO)
 ADAPTER_CHANGES = Counter(
     "llmlab_adapter_changes_total",
     "Adapters added or removed over the API, by how that ended.",
@@ -397,6 +416,10 @@ def set_index(index: str, generation: str, embedder: str, chunks: int, created: 
 
 def set_models(passports: Mapping[str, tuple[str, str, str]]) -> None:
     """Record where each served model comes from: its base, run and fingerprint, empty for what was not tuned here."""
+    if _SHOWN == passports:
+        return  # in a worker process, every series that is made anew stays in memory
+    _SHOWN.clear()
+    _SHOWN.update(passports)
     MODEL_INFO.clear()
     for model, (base, run, fingerprint) in passports.items():
         MODEL_INFO.labels(model=model, base=base, run=run, fingerprint=fingerprint).set(1)
@@ -442,6 +465,7 @@ def series_names() -> dict[str, frozenset[str]]:
     return {family.name: frozenset(family.name + end for end in _ENDINGS[family.type]) for family in families}
 
 
+_SHOWN: dict[str, tuple[str, str, str]] = {}  # by set_models
 _ENDINGS = {"counter": ("_total",), "gauge": ("",), "histogram": ("_bucket", "_sum", "_count")}
 
 

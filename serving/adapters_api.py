@@ -73,6 +73,7 @@ def router(service: Service) -> APIRouter:
     @routes.post("", status_code=201)
     async def add(wanted: Wanted) -> Card:
         """Serve the adapter of a run; it is verified, loaded and asked something before requests can name it."""
+        service.check_alone()
         return _card(await adapters.add(wanted.run, wanted.name))
 
     @routes.get("")
@@ -85,6 +86,7 @@ def router(service: Service) -> APIRouter:
     @routes.delete("/{name}")
     async def remove(name: str) -> Removed:
         """Serve an adapter no longer; requests that it is answering are answered to their end."""
+        service.check_alone()
         return Removed(name=(await adapters.remove(name)).name)
 
     return routes

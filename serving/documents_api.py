@@ -88,6 +88,7 @@ def router(service: Service) -> APIRouter:
         path: Annotated[str | None, Form(description="its name, with folders if wanted; the file's own if left out")] = None,
     ) -> Card:
         """Add a document, or replace the one that has its path; one that cannot be read is refused."""
+        service.check_alone()
         name = path or file.filename
         if not name:
             raise BadRequest("the document has no name", "path, or a file name in the form")
@@ -113,6 +114,7 @@ def router(service: Service) -> APIRouter:
     @routes.delete("/{path:path}", status_code=202)
     def remove(path: str) -> Card:
         """Remove a document; the generation before the next one keeps its text on disk until the sync after."""
+        service.check_alone()
         return _card(service.documents.remove(path))
 
     return routes

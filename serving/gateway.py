@@ -42,7 +42,8 @@ def create_app(service: Service, version: str) -> FastAPI:
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         async with service.upstream, service.adapters:
-            service.documents.start()
+            if not service.crew:  # several would build one index
+                service.documents.start()
             yield
             if traces:
                 await traces.close()
@@ -108,7 +109,10 @@ def _exposition(service: Service) -> bytes:
     with SCRAPING:
         set_models(service.shown_passports())
         service.documents.count()
-        return generate_latest(REGISTRY)
+        if not service.crew:
+            return generate_latest(REGISTRY)
+        service.knowledge.look()  # so that all workers soon say the same of the index
+        return service.crew.exposition()
 
 
 async def _lab_error(request: Request, error: Exception) -> Response:

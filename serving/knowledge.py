@@ -103,7 +103,7 @@ class Knowledge:
 
     def require(self) -> Retriever:
         """Return the retriever; `IndexMissing` if there is none."""
-        self._look()
+        self.look()
         if self.retriever is None:
             problem = self.problem or LabError(f"index {self.name!r} is not open")
             raise IndexMissing(problem.came, problem.expected, problem.next_command or generation.AGAIN)
@@ -133,7 +133,7 @@ class Knowledge:
         with self._renewing:
             self._open()
 
-    def _look(self) -> None:
+    def look(self) -> None:
         """See now and then whether another generation serves, or a store holds it now; open it in a thread of its own."""
         now = time.monotonic()
         if now - self._looked < LOOK_SECONDS:

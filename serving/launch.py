@@ -30,23 +30,26 @@ from serving.access import Access, loopback
 from serving.adapters import Adapters
 from serving.address import check_free, listen
 from serving.admission import Admission
+from serving.crew import Crew, Job
 from serving.documents import Documents
 from serving.drain import Drain
 from serving.engines.contract import Launch
 from serving.engines.provider import PROVIDER, remote_model
-from serving.engines.vllm import check_gpus, check_room
+from serving.engines.vllm import check_gpus, check_room, weight_bytes
 from serving.keys import key_path
-from serving.knowledge import open_knowledge
+from serving.knowledge import Knowledge, open_knowledge
 from serving.logs import written
 from serving.prices import price_of
 from serving.rates import Rates
 from serving.service import Service
 from serving.settings import ServeConfig
+from serving.sizes import sizes_of
 from serving.supervisor import Supervisor
 from serving.tls import context as tls_context
 from serving.traces import check_traces
 from serving.tuned import LATEST, NONE, Chosen, check_template, choose, exported_base, tuned_name
 from serving.upstream import Upstream
+from serving.workers import Workers
 
 if TYPE_CHECKING:
     from ssl import SSLContext
@@ -57,7 +60,6 @@ Say = Callable[[str], None]
 WORK = ROOT / ".cache" / "serve"
 ENGINE_HOST = "127.0.0.1"  # the engine has no limits and no authentication: only the gateway talks to it
 GPU_RESERVE = 0.03  # of its memory, which vLLM's own start takes before it looks
-SLOTS_FOR_EACH_CPU, MOST_SLOTS, MEMORY_SHARE_OF_SLOTS = 2, 16, 0.5
 STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")
 
 
@@ -93,26 +95,53 @@ def serve(model_name: str, config: ServeConfig, *, adapter: str | Sequence[str] 
         LabError: something does not fit or does not start; the message says what, and what to do.
     """
     try:
-        with (
-            written(config.log),
-            stopped_by_signals() as asked,
-            _prepared(model_name, config, adapter, pull, say) as (service, server, address),
-        ):
-            if asked():
-                raise KeyboardInterrupt
-            say("ready; Ctrl-C stops gateway and engine")
-            service.supervisor.watch()
-            server.run(sockets=[address])
+        with written(config.log), stopped_by_signals() as asked:
+            (_serve_by_workers if config.workers > 1 else _serve_here)(model_name, config, adapter, pull, say, asked)
     except KeyboardInterrupt:
         pass
     say("stopped")
+
+
+def _serve_here(
+    model_name: str, config: ServeConfig, adapter: str | Sequence[str], pull: bool, say: Say, asked: Callable[[], bool]
+) -> None:
+    """Be the gateway."""
+    with _prepared(model_name, config, adapter, pull, say) as (service, server, address):
+        if asked():
+            raise KeyboardInterrupt
+        say("ready; Ctrl-C stops gateway and engine")
+        service.supervisor.watch()
+        server.run(sockets=[address])
+
+
+def _serve_by_workers(
+    model_name: str, config: ServeConfig, adapter: str | Sequence[str], pull: bool, say: Say, asked: Callable[[], bool]
+) -> None:
+    """Keep the engine here, and the gateway in processes of its own."""
+    with _begun(model_name, config, adapter, pull, say) as begun:
+        launch, most = begun.supervisor.launch, config.admission.running or begun.supervisor.launch.slots
+        if config.workers > most:
+            raise ConfigError(f"{config.workers} workers share {most} generations at once", f"at most {most} workers",
+                              f"--set workers={most}, or more slots")  # fmt: skip
+        _await_engine(begun)
+        adapters = [f"{each.name}={each.run.id}" for each in launch.adapters]
+        job = Job(model=model_name, engine=begun.supervisor.engine.name, engine_port=launch.port, config=_as_begun(config, begun),
+                  adapters=adapters or [begun.chosen.whole.id if begun.chosen.whole else NONE])  # fmt: skip
+        with Workers(job, begun.address, begun.supervisor, WORK) as workers:
+            _say_addresses(_url(begun.address, config), config.host, launch.names, say)
+            say(f"ready, with {config.workers} workers; Ctrl-C stops gateway and engine")
+            begun.supervisor.watch()
+            workers.keep(asked)
 
 
 @contextmanager
 def running(
     model_name: str, config: ServeConfig, *, adapter: str | Sequence[str] = LATEST, pull: bool = False, say: Say
 ) -> Iterator[Running]:
-    """Serve a model for the length of the block, from a thread of this process; arguments and errors as for `serve`."""
+    """Serve a model for the length of the block, from a thread of this process, so by one worker.
+
+    Arguments and errors are those of `serve`.
+    """
     with _prepared(model_name, config, adapter, pull, say) as (service, server, address):
         service.supervisor.watch()
         thread = threading.Thread(target=server.run, kwargs={"sockets": [address]}, name="gateway")
@@ -128,42 +157,82 @@ def running(
             thread.join()
 
 
+@dataclass(frozen=True)
+class _Begun:
+    """An engine that loads, and what is known before it answers."""
+
+    model: Model
+    chosen: Chosen
+    supervisor: Supervisor
+    access: Access
+    address: socket.socket
+
+
 @contextmanager
-def _prepared(
-    model_name: str, config: ServeConfig, adapter: str | Sequence[str], pull: bool, say: Say
-) -> Iterator[tuple[Service, DrainingServer, socket.socket]]:
-    """Yield a healthy engine behind a gateway that is ready to run, and stop the engine at the end."""
+def _begun(model_name: str, config: ServeConfig, adapter: str | Sequence[str], pull: bool, say: Say) -> Iterator[_Begun]:
+    """Check everything that can be checked first, take the address, start the engine, and stop it at the end."""
     check_traces(config.trace)
     if config.log.prompts:
         say("warning: log.prompts is true, so the log holds what users ask")
     choice = choose_engine(config.engine)
-    model = remote_model(model_name, config.provider) if choice.choice == PROVIDER else catalogue.runnable(model_name)
-    _check_context(model, config)
+    model = model_of(model_name, choice.choice, config)
     say(f"engine  {choice.choice}: {choice.reason}")
     chosen = _chosen(model, choice, [adapter] if isinstance(adapter, str) else adapter, say)
-    tls = tls_context(Path(config.tls_cert), Path(config.tls_key)) if config.tls_cert and config.tls_key else None
+    _tls(config)
     with listen(config.host, config.port, "--port 8001") as address, ExitStack() as stack:
         access = Access(key_path(config.keys), config.host, Rates(WORK / "spent.sqlite"))
         stack.callback(access.rates.close)
         supervisor = _supervisor(model, config, choice, chosen, pull, say)
         stack.callback(supervisor.stop)
         supervisor.spawn()
+        yield _Begun(model, chosen, supervisor, access, address)
+
+
+@contextmanager
+def _prepared(
+    model_name: str, config: ServeConfig, adapter: str | Sequence[str], pull: bool, say: Say
+) -> Iterator[tuple[Service, DrainingServer, socket.socket]]:
+    """Yield a healthy engine behind a gateway that is ready to run, and stop the engine at the end."""
+    with _begun(model_name, config, adapter, pull, say) as begun, ExitStack() as stack:
         knowledge = open_knowledge(config.index, config.rag)  # while the engine loads
         say(f"index   {knowledge.summary}")
-        supervisor.await_health()
-        for run in chosen.runs:
-            check_template(run, supervisor.engine, supervisor.launch)
-        price = price_of(model, config.prices)
-        upstream = Upstream(supervisor.engine, supervisor.launch, supervisor, config.request_seconds, price)
-        adapters = Adapters(upstream, model, config, whole=chosen.whole is not None)
-        stack.callback(adapters.stop)
-        service = Service(
-            config=config, upstream=upstream, adapters=adapters, knowledge=knowledge, documents=Documents(knowledge, config),
-            run=chosen.whole, base=_base(model, supervisor.launch), access=access,
-            admission=Admission(config.admission, supervisor.launch.slots), drain=Drain(config.drain_seconds),
-        )  # fmt: skip
-        _say_addresses(_url(address, config), config.host, service, say)
-        yield service, _server(service, tls), address
+        _await_engine(begun)
+        service = service_of(begun.model, config, begun.chosen, begun.supervisor, knowledge, begun.access, None)
+        stack.callback(service.adapters.stop)
+        _say_addresses(_url(begun.address, config), config.host, service.names, say)
+        yield service, server_of(service), begun.address
+
+
+def _as_begun(config: ServeConfig, begun: _Begun) -> ServeConfig:
+    """Return a configuration that leaves no size open: another look at the free memory would find less of it."""
+    launch = begun.supervisor.launch
+    slots = config.slots.model_copy(update={begun.supervisor.engine.name: launch.slots})
+    return config.model_copy(update={"context_tokens": launch.context_tokens, "slots": slots})
+
+
+def _await_engine(begun: _Begun) -> None:
+    begun.supervisor.await_health()
+    for run in begun.chosen.runs:
+        check_template(run, begun.supervisor.engine, begun.supervisor.launch)
+
+
+def model_of(name: str, engine: str, config: ServeConfig) -> Model:
+    """Return what an engine serves by that name: an entry of the catalogue, or for a provider also a model that is only there."""
+    return remote_model(name, config.provider) if engine == PROVIDER else catalogue.runnable(name)
+
+
+def service_of(
+    model: Model, config: ServeConfig, chosen: Chosen, supervisor: Supervisor, knowledge: Knowledge, access: Access,
+    crew: Crew | None,
+) -> Service:  # fmt: skip
+    """Return what a gateway process serves in front of an engine; the process is one of `crew`, or there is no other."""
+    upstream = Upstream(supervisor.engine, supervisor.launch, supervisor, config.request_seconds, price_of(model, config.prices))
+    return Service(
+        config=config, upstream=upstream, adapters=Adapters(upstream, model, config, whole=chosen.whole is not None),
+        knowledge=knowledge, documents=Documents(knowledge, config), run=chosen.whole, base=_base(model, supervisor.launch),
+        access=access, admission=Admission(config.admission, supervisor.launch.slots), drain=Drain(config.drain_seconds),
+        crew=crew,
+    )  # fmt: skip
 
 
 def _chosen(model: Model, choice: Choice, wanted: Sequence[str], say: Say) -> Chosen:
@@ -181,50 +250,39 @@ def _chosen(model: Model, choice: Choice, wanted: Sequence[str], say: Say) -> Ch
 
 
 def _supervisor(model: Model, config: ServeConfig, choice: Choice, chosen: Chosen, pull: bool, say: Say) -> Supervisor:
-    engine, machine, whole = engines.named(choice.choice), probe(), chosen.whole
+    engine, machine = engines.named(choice.choice), probe()
     gpu = bool(machine.gpus) and choice.choice == "vllm"
     if choice.choice == "vllm":
         check_gpus(config.vllm, len(machine.gpus))
     port = check_free(ENGINE_HOST, config.engine_port, "--set engine_port=8082")
-    launch = Launch(
-        model=tuned_name(model.name) if whole else model.name,
-        base=exported_base(whole, choice.choice) if whole else engine.base_path(model, pull, say),
-        adapters=chosen.adapters,
-        host=ENGINE_HOST,
-        port=port,
-        context_tokens=config.context_tokens,
-        slots=slots_of(model, config, choice.choice, machine),
-        threads=machine.cpus,
-        gpu=gpu,
-        work=WORK / f"{choice.choice}-{port}",
-        gpu_memory_share=_gpu_memory_share(config, machine),
-        vllm=config.vllm,
-        provider=config.provider.model_copy(update={"model": model.provider}),
-        speculation=config.speculation,
-    )
+    launch = launch_of(model, config, choice.choice, chosen, port, pull, say)
     if gpu and model.config:
         check_room(launch, cache_of(config_of(model)), min(card.memory_bytes for card in machine.gpus))
     set_engine(choice.choice, choice.reason, launch.slots)
     return Supervisor(engine, launch, config.startup_seconds, config.restart)
 
 
-def slots_of(model: Model, config: ServeConfig, engine: str, machine: Machine) -> int:
-    """Return how many sequences an engine generates at once: as configured, or what cores and memory are good for.
-
-    Args:
-        model: is served.
-        config: with `slots`.
-        engine: name of the engine.
-        machine: that it runs on.
-    """
-    wanted: int | None = getattr(config.slots, engine)
-    if wanted is not None:
-        return wanted
-    wanted = min(MOST_SLOTS, SLOTS_FOR_EACH_CPU * machine.cpus)
-    if model.config is None:
-        return wanted
-    context = cache_of(config_of(model)).bytes(config.context_tokens)
-    return max(1, min(wanted, int(MEMORY_SHARE_OF_SLOTS * machine.free_memory_bytes) // context))
+def launch_of(model: Model, config: ServeConfig, engine_name: str, chosen: Chosen, port: int, pull: bool, say: Say) -> Launch:
+    """Return how an engine is started on a port; `WeightsMissing` if the base is not on disk and may not be fetched."""
+    engine, machine, whole = engines.named(engine_name), probe(), chosen.whole
+    base = exported_base(whole, engine_name) if whole else engine.base_path(model, pull, say)
+    sizes = sizes_of(model, config, engine_name, machine, weight_bytes(base) if base else 0)
+    return Launch(
+        model=tuned_name(model.name) if whole else model.name,
+        base=base,
+        adapters=chosen.adapters,
+        host=ENGINE_HOST,
+        port=port,
+        context_tokens=sizes.context_tokens,
+        slots=sizes.slots,
+        threads=machine.cpus,
+        gpu=bool(machine.gpus) and engine_name == "vllm",
+        work=WORK / f"{engine_name}-{port}",
+        gpu_memory_share=_gpu_memory_share(config, machine),
+        vllm=config.vllm,
+        provider=config.provider.model_copy(update={"model": model.provider}),
+        speculation=config.speculation,
+    )
 
 
 def _gpu_memory_share(config: ServeConfig, machine: Machine) -> float:
@@ -234,11 +292,17 @@ def _gpu_memory_share(config: ServeConfig, machine: Machine) -> float:
     return max(0.05, min([config.gpu_memory_share, *(round(share - GPU_RESERVE, 2) for share in free)]))
 
 
-def _server(service: Service, tls: SSLContext | None) -> DrainingServer:
+def server_of(service: Service) -> DrainingServer:
+    """Return the server of a gateway process, ready to run."""
     from serving.gateway import create_app
     from serving.server import server
 
-    return server(create_app(service, _version()), service.drain, service.config.connections, tls)
+    app, config = create_app(service, _version()), service.config
+    return server(app, service.drain, config.connections, _tls(config))
+
+
+def _tls(config: ServeConfig) -> SSLContext | None:
+    return tls_context(Path(config.tls_cert), Path(config.tls_key)) if config.tls_cert and config.tls_key else None
 
 
 @contextmanager
@@ -262,13 +326,6 @@ def stopped_by_signals() -> Iterator[Callable[[], bool]]:
             signal.signal(number, handler)
 
 
-def _check_context(model: Model, config: ServeConfig) -> None:
-    longest = model.context_tokens or config.context_tokens
-    if config.context_tokens > longest:
-        raise ConfigError(f"context_tokens is {config.context_tokens}", f"at most {longest}, which {model.name} was made for",
-                          f"--set context_tokens={longest}")  # fmt: skip
-
-
 def _about(chosen: Chosen, model: str, wanted: Sequence[str]) -> list[str]:
     served = [("export", tuned_name(model), chosen.whole)] if chosen.whole else []
     served += [("adapter", adapter.name, adapter.run) for adapter in chosen.adapters]
@@ -285,8 +342,8 @@ def _base(model: Model, launch: Launch) -> dict[str, Any]:
     return {"title": model.title, **of_provider, **source}
 
 
-def _say_addresses(url: str, host: str, service: Service, say: Say) -> None:
-    say(f"models  {', '.join(service.names)}")
+def _say_addresses(url: str, host: str, names: Sequence[str], say: Say) -> None:
+    say(f"models  {', '.join(names)}")
     say(f"gateway {url}  (POST {url}/v1/rag/query, {url}/v1/chat/completions; GET {url}/docs, {url}/metrics)")
     if not loopback(host) and url.startswith("http:"):
         say(

@@ -103,6 +103,12 @@ class AdminOff(LabError):
     http_status = 403
 
 
+class ManyWorkers(LabError):
+    """What is served cannot be changed over the API while several workers serve it."""
+
+    http_status = 501
+
+
 class NotAdmin(LabError):
     """The request needs an admin's key and carries a user's."""
 

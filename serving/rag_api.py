@@ -211,7 +211,7 @@ async def _steps(query: Query, service: Service) -> AsyncIterator[Step]:
 
 def _room(service: Service, length: int) -> int:
     """Return the tokens that a prompt may take: what the configuration says, or what the context leaves beside the reply."""
-    return min(service.knowledge.config.context_max_tokens, service.config.context_tokens - length)
+    return min(service.knowledge.config.context_max_tokens, service.upstream.launch.context_tokens - length)
 
 
 def _passages(hits: Sequence[Hit]) -> list[dict[str, Any]]:

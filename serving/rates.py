@@ -1,7 +1,7 @@
 """How much each API key may use: requests per minute as a token bucket, and tokens per day.
 
-The tokens are in a small SQLite file, so that a restart gives nobody a second day's worth; the buckets are in memory. Several
-gateways on one machine share the file; gateways on several machines each count for themselves.
+Both are in a small SQLite file, so that a restart gives nobody a second day's worth. Several gateways and workers on one machine
+share the file; gateways on several machines each count for themselves. What generations under way may still take is in memory.
 """
 
 from __future__ import annotations
@@ -20,15 +20,16 @@ from serving.problems import RateLimited
 
 SCHEMA = "CREATE TABLE IF NOT EXISTS spent (day TEXT, name TEXT, tokens INTEGER, PRIMARY KEY (day, name)) WITHOUT ROWID"
 ADD = "INSERT INTO spent VALUES (?, ?, ?) ON CONFLICT DO UPDATE SET tokens = tokens + excluded.tokens"
+BUCKETS = "CREATE TABLE IF NOT EXISTS bucket (sha256 TEXT PRIMARY KEY, left REAL, at REAL) WITHOUT ROWID"
+FILL = "INSERT OR REPLACE INTO bucket VALUES (?, ?, ?)"
 BUSY_SECONDS = 1.0
 
 
 class Rates:
-    """What each key has used; `path` is the SQLite file, which is made when the first key with a budget asks."""
+    """What each key has used; `path` is the SQLite file, which is made when the first key with a limit asks."""
 
     def __init__(self, path: Path, clock: Callable[[], float] = time.monotonic) -> None:
         self.path, self.clock = path, clock
-        self._buckets: dict[str, tuple[float, float]] = {}
         self._in_flight: dict[str, int] = {}
         self._database: sqlite3.Connection | None = None
 
@@ -37,10 +38,7 @@ class Rates:
         limit = key.requests_per_minute
         if limit is None:
             return
-        now = self.clock()
-        left, then = self._buckets.get(key.sha256, (float(limit), now))
-        left = min(float(limit), left + (now - then) * limit / 60)
-        self._buckets[key.sha256] = (left - 1 if left >= 1 else left, now)
+        left = self._take(key.sha256, limit, self.clock())
         if left < 1:
             ADMISSION_REFUSED.labels(reason="key_requests").inc()
             raise RateLimited(f"the key {key.name} may send {limit} requests a minute", "requests", (1 - left) * 60 / limit)
@@ -75,6 +73,17 @@ class Rates:
             self._database.close()
             self._database = None
 
+    def _take(self, sha256: str, limit: int, now: float) -> float:
+        """Take one request out of a key's bucket, if there is one in it, and return how many there were."""
+        database = self._open()
+        with database:
+            database.execute("BEGIN IMMEDIATE")  # no other worker reads the bucket before this one has written it
+            row = database.execute("SELECT left, at FROM bucket WHERE sha256 = ?", (sha256,)).fetchone()
+            before, then = row if row and row[1] <= now else (float(limit), now)  # the clock began anew with the machine
+            left = min(float(limit), before + (now - then) * limit / 60)
+            database.execute(FILL, (sha256, left - 1 if left >= 1 else left, now))
+        return left
+
     def _spent(self, key: Key) -> int:
         row = self._open().execute("SELECT tokens FROM spent WHERE day = ? AND name = ?", (_today(), key.name)).fetchone()
         return int(row[0]) if row else 0
@@ -88,6 +97,7 @@ class Rates:
                 "PRAGMA synchronous = OFF"
             )  # a power cut may forget some tokens; a request is not made to wait for the disk
             opened.execute(SCHEMA)
+            opened.execute(BUCKETS)
             opened.execute("DELETE FROM spent WHERE day < ?", (_today(),))
             self._database = opened
         return self._database

@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 import ssl
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -20,12 +22,13 @@ import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from monitoring.metrics import ADMISSION_REFUSED
+from monitoring.metrics import ADMISSION_REFUSED, GATEWAY_TASKS
 from serving.drain import Drain
 from serving.problems import Overloaded, openai_body
 from serving.settings import ConnectionBounds
 
 LONGEST_HEAD_BYTES = 65536  # of request line and headers, as with h11
+TICKS = 10  # in a second
 CUT_SECONDS = 1  # until requests are cancelled whose time is over
 
 
@@ -97,6 +100,12 @@ class DrainingServer(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, drain: Drain) -> None:
         super().__init__(config)
         self.drain = drain
+        self.on_started: Callable[[], object] = lambda: None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begin to accept, and say so."""
+        await super().startup(sockets)
+        self.on_started()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002 - the signature of a signal handler
         """Begin the drain at the first signal, and end at once at the second."""
@@ -106,11 +115,20 @@ class DrainingServer(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         """Return whether to stop; asked ten times a second."""
+        if not counter % TICKS:
+            GATEWAY_TASKS.set(len(asyncio.all_tasks()))  # another worker may be the one that is scraped
         return await super().on_tick(counter) or self.drain.over
 
 
 def server(app: ASGIApp, drain: Drain, bounds: ConnectionBounds, tls: ssl.SSLContext | None) -> DrainingServer:
-    """Return the server of an application, ready to run; it speaks TLS if there is a context for it."""
+    """Return the server of an application, ready to run.
+
+    Args:
+        app: the application.
+        drain: says when it stops.
+        bounds: of connections.
+        tls: what it speaks TLS by; None for plain HTTP.
+    """
     protocol = type("BoundedConnection", (Connection,), {"bounds": bounds})
     config = uvicorn.Config(app, http=protocol, log_config=None, access_log=False, server_header=False, ws="none",
                             timeout_graceful_shutdown=CUT_SECONDS,

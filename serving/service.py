@@ -10,10 +10,12 @@ from pipelines.runs import Run
 from serving.access import Access
 from serving.adapters import Adapters
 from serving.admission import Admission
+from serving.crew import Crew
 from serving.documents import Documents
 from serving.drain import Drain
 from serving.guard.gate import Gate
 from serving.knowledge import Knowledge
+from serving.problems import ManyWorkers
 from serving.settings import ServeConfig
 from serving.supervisor import Supervisor
 from serving.upstream import Upstream
@@ -34,6 +36,7 @@ class Service:
         access: who may ask.
         admission: the places at the engine.
         drain: whether the gateway is being stopped.
+        crew: the workers that this process is one of; None if it is the whole gateway.
     """
 
     config: ServeConfig
@@ -46,6 +49,7 @@ class Service:
     access: Access
     admission: Admission
     drain: Drain
+    crew: Crew | None = None
 
     @cached_property
     def guard(self) -> Gate:
@@ -71,6 +75,12 @@ class Service:
     def slots(self) -> int:
         """Return how many sequences the engine generates at once."""
         return self.upstream.launch.slots
+
+    def check_alone(self) -> None:
+        """Raise `ManyWorkers` if this process is one of several, which would not know of a change in it."""
+        if self.crew:
+            came = f"{self.crew.size} workers serve here, and a change in one would not reach the others"
+            raise ManyWorkers(came, "a server of one worker", "llmlab serve --set workers=1; llmlab index sync for documents")
 
     def run_of(self, name: str) -> Run | None:
         """Return the run that a served model comes from, None for the base; `UnknownName` if it is not served."""

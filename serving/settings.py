@@ -72,6 +72,19 @@ class AdmissionBounds(Config):
     queued_tokens: int = Field(ge=1, description="of the prompts that wait, estimated")
     wait_seconds: float = Field(gt=0)
 
+    def share(self, slots: int, workers: int, number: int) -> AdmissionBounds:
+        """Return what one of several workers may let in, so that all together let in as much as these bounds say.
+
+        Args:
+            slots: sequences that the engine generates at once.
+            workers: how many there are; at most as many as may run at once.
+            number: which of them, from 0.
+        """
+        running = _part(self.running or slots, workers, number)
+        queued = None if self.queued is None else _part(self.queued, workers, number)
+        tokens = max(1, self.queued_tokens // workers)
+        return self.model_copy(update={"running": running, "queued": queued, "queued_tokens": tokens})
+
 
 class ConnectionBounds(Config):
     """How many clients there may be, and how slow."""
@@ -81,6 +94,15 @@ class ConnectionBounds(Config):
     body_seconds: float = Field(gt=0)
     body_bytes_per_second: int = Field(ge=1)
     send_seconds: float = Field(gt=0)
+
+    def share(self, workers: int, number: int) -> ConnectionBounds:
+        """Return the bounds of one of several workers."""
+        return self.model_copy(update={"limit": max(1, _part(self.limit, workers, number))})
+
+
+def _part(whole: int, workers: int, number: int) -> int:
+    """Return a worker's part of a number; the first ones have what cannot be divided."""
+    return whole // workers + (number < whole % workers)
 
 
 Off = BeforeValidator(lambda value: "off" if value is False else value)  # YAML reads a bare off as false
@@ -184,6 +206,13 @@ class ServeConfig(Config):
     port: int = Field(ge=0, le=65535)
     engine: str
     engine_port: int = Field(ge=0, le=65535)
+    workers: int = Field(
+        ge=1,
+        le=64,
+        description="gateway processes on one port, before one engine. Each has its own index and embedder in memory, and an "
+        "equal part of admission and connections. Budgets and rates of keys count for all together, but each worker may "
+        "overdraw a day's tokens by one generation. Metrics add up. The API changes no adapters and documents with several",
+    )
     keys: str | None = Field(min_length=1, description="file of API keys; None where none is ever needed on loopback")
     cors_origins: list[str] = Field(description="web pages of these origins may ask from a browser")
     tls_cert: str | None = Field(min_length=1)
@@ -193,7 +222,7 @@ class ServeConfig(Config):
     documents: str | None = Field(min_length=1, description="folder that /v1/documents changes; None for one beside the index")
     max_documents: int = Field(ge=1)
     max_document_bytes: int = Field(ge=1)
-    context_tokens: int = Field(ge=256)
+    context_tokens: int | None = Field(ge=256, description="null: what the machine has room for, see serving.sizes")
     slots: Slots
     gpu_memory_share: float = Field(gt=0, le=1, description="of a GPU's memory, for weights and cache of vLLM")
     speculation: bool = Field(description="let llama.cpp guess tokens from the text before")

@@ -19,7 +19,7 @@ MODULES = [p for p in FILES if p not in LABS]
 LEAVES = {"pipelines.config", "pipelines.errors", "monitoring.metrics"}
 ALLOWED = {
     "pipelines": {"pipelines", "monitoring.metrics"},
-    "serving": {"pipelines", "serving", "monitoring.metrics", "monitoring.hardware"},
+    "serving": {"pipelines", "serving", "monitoring.metrics", "monitoring.hardware", "monitoring.workers"},
     "monitoring": {"monitoring"},
     "labs": {"pipelines", "serving", "monitoring", "labs"},
 }

@@ -76,12 +76,12 @@ def gateway(model: str, index: Path, log: Path, settings: Sequence[str] = ()) ->
         settings: as for --set.
     """
     from serving.address import check_free
-    from serving.launch import slots_of
     from serving.settings import load_serve_config
+    from serving.sizes import sizes_of
 
     port, engine_port = (check_free(HOST, 0, "") for _ in range(2))
     given = [f"port={port}", f"engine_port={engine_port}", "engine=llamacpp", "index=knowledge", "keys=null", *settings]
-    slots = slots_of(catalogue.runnable(model), load_serve_config("default", given), "llamacpp", probe())
+    slots = sizes_of(catalogue.runnable(model), load_serve_config("default", given), "llamacpp", probe()).slots
     command = [sys.executable, "-m", "labs", "serve", model, "--adapter", "none", *(part for s in given for part in ("--set", s))]
     url = f"http://{HOST}:{port}"
     with _process(command, {"LLMLAB_INDEX": str(index)}, log, f"{url}/readyz") as process:
@@ -104,12 +104,14 @@ def transformers_serve(model: Model, log: Path) -> Iterator[Target]:
 @contextmanager
 def vllm(model: Model, work: Path) -> Iterator[Target]:
     """Serve a model by vLLM, started as the gateway would start it."""
-    from serving.engines.vllm import Vllm
+    from serving.engines.vllm import Vllm, weight_bytes
     from serving.settings import load_serve_config
+    from serving.sizes import sizes_of
 
-    config, engine = load_serve_config(), Vllm()
+    engine = Vllm()
     base = engine.base_path(model, False, print)
-    with alone(engine, model.name, base, work, config.context_tokens, config.slots.vllm) as launch:
+    sizes = sizes_of(model, load_serve_config(), engine.name, probe(), weight_bytes(base))
+    with alone(engine, model.name, base, work, sizes.context_tokens, sizes.slots) as launch:
         yield Target(launch.url, model.name)
 
 

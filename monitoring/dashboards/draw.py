@@ -11,7 +11,6 @@ from __future__ import annotations
 import base64
 import html
 import io
-import re
 import time
 from collections.abc import Mapping
 from datetime import datetime
@@ -33,7 +32,6 @@ LEAST_STEP, LEAST_WINDOW = 1.0, 10.0  # seconds
 SHOWN_SERIES, SHOWN_CHARS = 7, 46
 CHARS_A_COLUMN, LARGE_CHARS_A_COLUMN = 8, 5  # of the text of a value
 NO_DATA = "no data"
-_LABEL = re.compile(r"\{\{(\w+)\}\}")
 
 
 def draw(board: Board, prometheus: str, seconds: float, to: Path) -> Path:
@@ -108,7 +106,7 @@ def _tall(plot: Plot) -> float:
 
 
 def _draw_lines(axes: Any, board: Board, plot: Plot, when: _Span) -> None:
-    drawn = [(series, _named(query.legend, series.labels)) for query in plot.queries for series in when.of(board, query)]
+    drawn = [(series, query.name(series.labels)) for query in plot.queries for series in when.of(board, query)]
     drawn.sort(key=lambda one: -max(value for _, value in one[0].points))
     for number, (series, name) in enumerate(drawn):
         shown = name[:SHOWN_CHARS] if number < SHOWN_SERIES else "_"
@@ -149,7 +147,7 @@ def _draw_values(axes: Any, board: Board, plot: Plot, when: _Span) -> None:
     lines = []
     for query in plot.queries:
         for series in when.newest(board, query):
-            name = _named(query.legend, series.labels)
+            name = query.name(series.labels)
             lines.append(name if plot.kind == "name" else f"{name}  {said(series.points[-1][1], plot.unit)}".strip())
     _say(axes, lines or [NO_DATA], plot.width)
 
@@ -175,10 +173,6 @@ def _dress(axes: Any, plot: Plot, when: _Span, *, heat: bool = False) -> None:
     if not heat:
         unit = "short" if plot.unit.startswith("suffix:") else plot.unit  # the title has it
         axes.yaxis.set_major_formatter(lambda value, _: said(value, unit))
-
-
-def _named(legend: str, labels: Mapping[str, str]) -> str:
-    return _LABEL.sub(lambda found: labels.get(found[1], ""), legend).strip()
 
 
 def said(value: float, unit: str) -> str:

@@ -5,6 +5,7 @@ The PromQL is put together here from declared metrics, so a renamed metric renam
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -15,6 +16,7 @@ from monitoring import metrics as m
 
 # Grafana replaces it with at least four scrape intervals, so that a rate always has samples.
 WINDOW = "$__rate_interval"
+_LABEL = re.compile(r"\{\{(\w+)\}\}")
 Metric = Counter | Gauge | Histogram
 
 
@@ -24,6 +26,10 @@ class Query:
 
     expr: str
     legend: str
+
+    def name(self, labels: Mapping[str, str]) -> str:
+        """Return the legend of a series with these labels."""
+        return _LABEL.sub(lambda found: labels.get(found[1], ""), self.legend).strip()
 
 
 @dataclass(frozen=True)

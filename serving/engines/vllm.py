@@ -181,6 +181,11 @@ def check_gpus(settings: VllmSettings, here: int) -> None:
                           f"at most {max(1, here)} on each of {settings.nodes}", "--set vllm.tensor_parallel=1")  # fmt: skip
 
 
+def weight_bytes(base: Path) -> int:
+    """Return the size of the safetensors of a folder; 0 for what is no such folder."""
+    return sum(path.stat().st_size for path in base.glob("*.safetensors"))
+
+
 def check_room(launch: Launch, cache: Cache, memory_bytes: int) -> None:
     """Raise `EngineError` if weights and the cache of one whole context are more than the GPUs may give; no minutes are lost.
 
@@ -191,7 +196,7 @@ def check_room(launch: Launch, cache: Cache, memory_bytes: int) -> None:
     """
     assert launch.base
     gpus = launch.vllm.gpus if launch.vllm else 1
-    weights = sum(path.stat().st_size for path in launch.base.glob("*.safetensors"))
+    weights = weight_bytes(launch.base)
     left = int(memory_bytes * gpus * launch.gpu_memory_share) - weights
     fits = cache.longest(left)
     if fits >= launch.context_tokens:

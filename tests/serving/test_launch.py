@@ -32,7 +32,6 @@ from pipelines.runs import Run
 from serving import launch
 from serving.address import listen
 from serving.launch import Running, running
-from serving.settings import load_serve_config
 from tests.serving.conftest import (
     MODEL,
     SETTINGS,
@@ -55,16 +54,6 @@ from serving.launch import serve
 from serving.settings import load_serve_config
 serve("smollm2-135m", load_serve_config("default", sys.argv[1:]), adapter="none", say=lambda line: print(line, flush=True))
 """
-
-
-@pytest.mark.parametrize(("cpus", "free_bytes", "slots"), [(2, 2**34, 4), (64, 2**40, 16), (64, 2**30, 5), (2, 0, 1)])
-def test_slots_follow_cores_and_memory(cpus: int, free_bytes: int, slots: int) -> None:
-    """A context of 4096 tokens: 30 layers, 3 heads of 64, keys and values in 2 bytes; half of the memory is for contexts."""
-    assert 30 * 3 * 64 * 2 * 2 * 4096 * 5 < 2**30 / 2 < 30 * 3 * 64 * 2 * 2 * 4096 * 6
-    machine = Machine(cpus, (), 2**40, free_bytes, 0, ())
-    model = catalogue.runnable(MODEL)
-    assert launch.slots_of(model, load_serve_config("default", []), "llamacpp", machine) == slots
-    assert launch.slots_of(model, load_serve_config("default", ["slots.llamacpp=7"]), "llamacpp", machine) == 7
 
 
 def start(adapter: str = "latest", *overrides: str, runs: Path) -> None:
@@ -217,7 +206,6 @@ def odd_runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Run, Run]:
 
 
 def test_a_rehearsal_is_refused_unless_named(odd_runs: tuple[Path, Run, Run]) -> None:
-    from pipelines import catalogue
     from serving.tuned import choose_run
 
     root, rehearsal, _ = odd_runs
