@@ -8,14 +8,14 @@ the length of the reply, and lets `model` choose base or adapter. Any client of 
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from datetime import UTC, datetime
 from typing import Any, Literal
 
 import orjson
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, ConfigDict
 
 from monitoring.metrics import GENERATION_REQUESTS, OTHER
@@ -24,12 +24,12 @@ from serving import abilities, choices, limits, logprobs
 from serving.admission import need_of
 from serving.choices import Shape
 from serving.guard.contract import Told
+from serving.leaving import ClientGone, EventStream, WhilePresent
 from serving.problems import OPENAI_PROBLEMS, openai_body, unexpected
 from serving.requests import ChatRequest, CompletionRequest, each_prompt
 from serving.service import Service
-from serving.upstream import CHAT_PATH, DONE, TEXT_PATH, ClientGone, unless_gone
+from serving.upstream import CHAT_PATH, DONE, TEXT_PATH
 
-SSE_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 STREAM = {"content": {"text/event-stream": {"schema": {"type": "string"}}}, "description": "The completion, or its stream"}
 
 
@@ -143,16 +143,17 @@ async def _answer(
     """Generate each part and answer with all of them; an error of the engine still has its status if nothing was sent."""
     n = body.n or 1
     try:
-        await unless_gone(request, service.admission.enter(need_of(parts)))
-        if not body.stream:
-            completion = await unless_gone(request, choices.complete(service.upstream, parts, n, path, shape))
-            return JSONResponse(service.guard.completion(completion, told))
-        chunks = service.guard.stream(choices.stream(service.upstream, parts, n, path, shape), told, len(parts))
-        first = await unless_gone(request, _next(chunks))
+        with WhilePresent(request.receive):
+            await service.admission.enter(need_of(parts))
+            if not body.stream:
+                completion = await choices.complete(service.upstream, parts, n, path, shape)
+                return JSONResponse(service.guard.completion(completion, told))
+            chunks = service.guard.stream(choices.stream(service.upstream, parts, n, path, shape), told, len(parts))
+            first = await anext(chunks)  # an error of the engine comes out here, while there is still a status to send
     except ClientGone:
         return Response(status_code=499)
     wants_usage = bool(body.stream_options and body.stream_options.include_usage)
-    return StreamingResponse(_events(first, chunks, wants_usage), media_type="text/event-stream", headers=SSE_HEADERS)
+    return EventStream(_events(first, chunks, wants_usage))
 
 
 def _card(service: Service, name: str) -> Card:
@@ -165,16 +166,11 @@ def _embedder_card(service: Service) -> Card:
     return Card(id=service.knowledge.embedder_name, created=0, task="embed", passport=service.knowledge.embedder_passport)
 
 
-async def _next(chunks: AsyncIterator[dict[str, Any]]) -> dict[str, Any]:
-    """Return the first chunk; an error of the engine comes out here, while there is still a status to send."""
-    return await anext(chunks)
-
-
-async def _events(first: dict[str, Any], chunks: Any, wants_usage: bool) -> AsyncIterator[bytes]:
+async def _events(first: dict[str, Any], chunks: Any, wants_usage: bool) -> AsyncGenerator[bytes, None]:
     """Yield the chunks as server-sent events, the usage only if it was asked for."""
-    yield _event(first)
     try:
         async with aclosing(chunks):
+            yield _event(first)
             async for chunk in chunks:
                 if chunk.get("choices") or wants_usage:
                     yield _event(chunk)

@@ -8,14 +8,14 @@ The prompt and the reading of the reply are `pipelines.rag.answer`'s, the same a
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import orjson
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, ConfigDict, Field
 
 from monitoring.metrics import (
@@ -33,12 +33,12 @@ from pipelines.rag.answer import ABSTENTION, Reply, parse
 from serving import limits, record
 from serving.admission import BYTES_PER_TOKEN, Need
 from serving.guard.contract import Told
-from serving.openai_api import SSE_HEADERS
+from serving.leaving import ClientGone, EventStream, WhilePresent
 from serving.packing import Packed, fitting
 from serving.problems import lab_body, unexpected
 from serving.rag_events import AnswerReader, Step
 from serving.service import Service
-from serving.upstream import ClientGone, Meter, text_of, unless_gone
+from serving.upstream import Meter, text_of
 
 if TYPE_CHECKING:
     from pipelines.rag.index import Hit
@@ -152,12 +152,13 @@ def router(service: Service) -> APIRouter:
         """Answer a question from the index and cite the passages; abstain if they do not hold the answer."""
         steps = _counted(_steps(body, service))
         try:
-            if not body.stream:
-                return JSONResponse(await unless_gone(request, _last(steps)))
-            first = await unless_gone(request, _next(steps))
+            with WhilePresent(request.receive):
+                if not body.stream:
+                    return JSONResponse(await _last(steps))
+                first = await anext(steps)
         except ClientGone:
             return Response(status_code=499)
-        return StreamingResponse(_events(first, steps), media_type="text/event-stream", headers=SSE_HEADERS)
+        return EventStream(_events(first, steps))
 
     return routes
 
@@ -280,15 +281,11 @@ async def _last(steps: AsyncIterator[Step]) -> dict[str, Any]:
     return [content async for _, content in steps][-1]
 
 
-async def _next(steps: AsyncIterator[Step]) -> Step:
-    return await anext(steps)
-
-
-async def _events(first: Step, steps: Any) -> AsyncIterator[bytes]:
+async def _events(first: Step, steps: Any) -> AsyncGenerator[bytes, None]:
     """Yield the steps as server-sent events; an error after the first becomes an `error` event."""
-    yield _event(*first)
     try:
         async with aclosing(steps):
+            yield _event(*first)
             async for kind, content in steps:
                 yield _event(kind, content)
     except Exception as error:  # the status is sent already: the stream itself must say it

@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from functools import cached_property
 from http import HTTPStatus
@@ -20,7 +20,6 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import orjson
-from fastapi import Request
 
 from monitoring.metrics import (
     CACHED_TOKENS,
@@ -56,10 +55,6 @@ CONNECT_SECONDS = 5.0
 HEALTH_SECONDS, METRICS_SECONDS = 2.0, 3.0  # Prometheus waits for 4
 
 T = TypeVar("T")
-
-
-class ClientGone(Exception):
-    """The client closed its connection; nobody reads the answer."""
 
 
 class Meter:
@@ -152,11 +147,13 @@ class Route:
 
     @cached_property
     def connections(self) -> ClientSession:
-        """Return a pool without bounds that keeps no connection: llama.cpp closes one after a stream, and does not say so."""
-        from aiohttp import ClientSession, ClientTimeout, TCPConnector
+        """Return a pool without bounds."""
+        from aiohttp import ClientSession, ClientTimeout
+
+        from serving.loopback import LoopbackConnector
 
         timeout = ClientTimeout(total=None, sock_connect=CONNECT_SECONDS, sock_read=self.silence_seconds)
-        connector = TCPConnector(limit=0, force_close=True)
+        connector = LoopbackConnector(self.launch.host, self.launch.port)
         return ClientSession(self.launch.url, connector=connector, timeout=timeout, trust_env=False)
 
     async def get(self, path: str, seconds: float) -> tuple[int, str]:
@@ -207,6 +204,8 @@ class Upstream:
 
     async def __aenter__(self) -> Upstream:
         """Return this; the pool opens with the first request."""
+        import serving.loopback  # noqa: F401 - aiohttp takes a while, and the first request should not wait for it
+
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -338,24 +337,6 @@ class Upstream:
         return EngineDown(f"the connection to the engine was lost {how}{reason}", status.retry_after_seconds)
 
 
-async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """Await `work`, and cancel it if the client leaves first.
-
-    Raises:
-        ClientGone: the client left.
-    """
-    task, gone = asyncio.create_task(work), asyncio.create_task(_disconnected(request))
-    try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise ClientGone
-        return task.result()
-    finally:
-        for each in (task, gone):
-            each.cancel()
-        await asyncio.gather(task, gone, return_exceptions=True)
-
-
 def text_of(event: Mapping[str, Any]) -> str:
     """Return the text that a chunk adds; empty for a chunk that adds none."""
     return "".join(choice.get("delta", {}).get("content") or "" for choice in event.get("choices", ()))
@@ -369,11 +350,6 @@ async def _data(reply: ClientResponse) -> AsyncIterator[bytes]:
         for line in lines:
             if line.startswith(b"data:") and (data := line[5:].strip()):
                 yield data
-
-
-async def _disconnected(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
 
 
 def _has_token(event: Mapping[str, Any]) -> bool:

@@ -7,7 +7,8 @@
     labs.bench.serve_mixed        many mixed requests with clients that leave, and what is left of them
 
 Here is what is measured in which order. The machine may be busy with other things, so contenders that are compared take
-turns, a few seconds each. No two requests are alike, so that no prompt cache helps, but where it is the cache that is measured.
+turns, a few seconds each. No two requests are alike, so that no prompt cache helps, but where it is the cache that is measured,
+and where it is what the gateway adds to the first token: there the engine's own time should be short and steady.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from pipelines.errors import EngineError
 
 CONTENDERS = (ENGINE, GATEWAY, TRANSFORMERS, VLLM)
 STREAMS = (1, 8, 32)
+ROOM_FOR_ALL = (f"admission.queued={max(STREAMS)}", "admission.wait_seconds=600")  # a closed loop has no use for refusals
 REPLY_TOKENS, SHORT_REPLY_TOKENS = 64, 16
 RATED_SHARE = 0.9  # of the requests a second that the engine's tokens a second make, with all slots busy
 RATING_SECONDS = 5.0  # at least, so that prompts are read and replies come
@@ -108,20 +110,25 @@ def bench_serve(
     with TemporaryDirectory() as folder, ExitStack() as stack:
         place = Path(folder)
         _index(place, progress)
-        served = stack.enter_context(gateway(model, place / "index", place / "gateway.log"))
+        served = stack.enter_context(gateway(model, place / "index", place / "gateway.log", ROOM_FOR_ALL))
         targets = {ENGINE: served.engine, GATEWAY: served.gateway}
         if TRANSFORMERS not in left_out:
             targets[TRANSFORMERS] = stack.enter_context(transformers_serve(entry, place / "transformers.log"))
         if VLLM not in left_out:
             targets[VLLM] = stack.enter_context(vllm(entry, place / "vllm"))
         say(f"{', '.join(targets)} are up")
-        document = asyncio.run(_measured(served, targets, sizes, progress))
+        document = asyncio.run(_compared(served, targets, sizes, progress))
+        stack.close()
+        with gateway(model, place / "index", place / "gateway.log") as bounded:
+            document |= asyncio.run(_bounded(bounded, sizes, progress))
     with TemporaryDirectory() as folder:
         guessed = speculation(entry, sizes.documents, Path(folder), progress)
-    return {"model": model, "slots": served.slots, **document, **guessed, "left_out": left_out}
+    errors = document["mixed"]["server_errors"] + sum(of["server_errors"] for of in document["loads"].values())
+    return {"model": model, "slots": served.slots, **document, "server_errors": errors, **guessed, "left_out": left_out}
 
 
-async def _measured(served: Served, targets: Mapping[str, Target], sizes: Sizes, progress: Progress) -> dict[str, Any]:
+async def _compared(served: Served, targets: Mapping[str, Target], sizes: Sizes, progress: Progress) -> dict[str, Any]:
+    """Return what is compared with other servers, or with a time before."""
     for target in targets.values():
         await _warm_up(target)
     by_streams = await throughput(targets, sizes, progress)
@@ -129,17 +136,23 @@ async def _measured(served: Served, targets: Mapping[str, Target], sizes: Sizes,
     known = [ratio for ratio in ratios.values() if ratio is not None]
     first = await first_tokens(served, sizes.pairs, progress)
     rag = await questions_again(served.gateway, sizes.documents, progress)
-    loads = await under_load(served, sizes, progress)
-    left = await mixed(served, sizes.requests, progress)
-    rated, over = loads[str(RATED)], loads[str(OVERLOAD)]
     peer = by_streams.get(TRANSFORMERS, {}).get("1")  # None: it took no part
     return {
         "tokens_per_second": by_streams,
         "tokens_ratio_to_engine": _ratio(sum(known), len(known)), "tokens_ratio_to_engine_by_streams": ratios,
         **first, "ratio_to_transformers_serve": _ratio(by_streams[GATEWAY]["1"], peer), **rag,
+    }  # fmt: skip
+
+
+async def _bounded(served: Served, sizes: Sizes, progress: Progress) -> dict[str, Any]:
+    """Return what the gateway's bounds do, as they are by default."""
+    await _warm_up(served.gateway)
+    loads = await under_load(served, sizes, progress)
+    left = await mixed(served, sizes.requests, progress)
+    rated, over = loads[str(RATED)], loads[str(OVERLOAD)]
+    return {
         "loads": loads, "overload_p99_ratio": _ratio(over["ttft_seconds"]["p99"], rated["ttft_seconds"]["p99"]),
         "refused_seconds_p99": over["refused_seconds"]["p99"],
-        "server_errors": left["server_errors"] + sum(of["server_errors"] for of in loads.values()),
         "leaked": left["leaked"], "memory_drift": left["memory_drift"], "mixed": left,
     }  # fmt: skip
 
@@ -163,13 +176,14 @@ async def throughput(targets: Mapping[str, Target], sizes: Sizes, progress: Prog
 
 
 async def first_tokens(served: Served, pairs: int, progress: Progress) -> dict[str, Any]:
-    """Return the times to first token of engine and gateway, asked in turns, one request at a time, and what the gateway adds."""
+    """Return the times to first token of engine and gateway, asked the same in turns, and what the gateway adds to them."""
     times: dict[str, list[float]] = {ENGINE: [], GATEWAY: []}
+    body = story(2)
     async with client(served.engine) as to_engine, client(served.gateway) as to_gateway:
         sides = [(ENGINE, to_engine, served.engine), (GATEWAY, to_gateway, served.gateway)]
         for done in range(pairs):
             for name, http, target in sides[:: -1 if done % 2 else 1]:
-                times[name].append(_answered(await send(http, target, story(2))).ttft_seconds)
+                times[name].append(_answered(await send(http, target, body)).ttft_seconds)
             progress("first token", done + 1, pairs)
     figures = {name: percentiles(of) for name, of in times.items()}
     return {"ttft_seconds": figures, "ttft_added_seconds": _of(figures[GATEWAY]["p50"]) - _of(figures[ENGINE]["p50"])}

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 CHAT_PATH, RAG_PATH = "/v1/chat/completions", "/v1/rag/query"
 TOO_MANY = 429
-PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.1, 1.0  # of a stream that was refused, by what Retry-After says
+PAUSE_SECONDS = 0.1  # of a stream that was refused without a Retry-After
 SILENCE_SECONDS = 600.0
 TOPICS = ("a lighthouse", "the night train", "two brothers", "a lost map", "the old mill", "a quiet town", "the last ship")
 
@@ -156,10 +156,11 @@ async def closed_loop(target: Target, body: Callable[[], dict[str, Any]], stream
 
     async def stream() -> None:
         while True:
-            outcomes.append(Outcome(time.perf_counter()))
-            await send(http, target, body(), outcome=outcomes[-1])
-            if not outcomes[-1].completed:
-                await asyncio.sleep(min(outcomes[-1].retry_after_seconds, LONGEST_PAUSE_SECONDS))
+            mine = Outcome(time.perf_counter())
+            outcomes.append(mine)
+            await send(http, target, body(), outcome=mine)
+            if not mine.completed:
+                await asyncio.sleep(mine.retry_after_seconds)
 
     async with client(target) as http:
         await _for(seconds, [asyncio.create_task(stream()) for _ in range(streams)])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import aclosing
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -16,12 +16,13 @@ from typing import Any, NamedTuple
 import orjson
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from pipelines.errors import LabError
+from serving.leaving import ClientGone, EventStream, WhilePresent
 from serving.problems import EngineRefused, clean
-from serving.upstream import CHAT_PATH, DONE, ClientGone, unless_gone
+from serving.upstream import CHAT_PATH, DONE
 
 CLIENT_FIELDS = ("temperature", "top_p", "max_tokens")  # in LangChain part of the model, not of a request
 PASSED = {"model", "messages", "stream", "stream_options", "stop", "n", *CLIENT_FIELDS}
@@ -113,15 +114,17 @@ def create_app(model: RemoteModel) -> Starlette:
         try:
             body = _checked(await request.json())
             if not body.get("stream"):
-                return JSONResponse(await unless_gone(request, _whole(model, body)))
+                with WhilePresent(request.receive):
+                    return JSONResponse(await _whole(model, body))
             chunks = model.chunks(body)
-            first = await unless_gone(request, _next(chunks))
+            with WhilePresent(request.receive):
+                first = await anext(chunks)  # an error of the provider comes out here, while there is still a status to send
         except ClientGone:
             return Response(status_code=499)
         except Exception as error:  # each provider's client has errors of its own
             failure = model.failure(error)
             return JSONResponse({"error": _error(failure)}, failure.status)
-        return StreamingResponse(_events(model, first, chunks), media_type="text/event-stream")
+        return EventStream(_events(model, first, chunks))
 
     async def health(_: Request) -> Response:
         return JSONResponse({"status": "ok"})
@@ -147,15 +150,10 @@ async def _whole(model: RemoteModel, body: Mapping[str, Any]) -> dict[str, Any]:
     return chunks[-1] | {"object": "chat.completion", "choices": [choice]}
 
 
-async def _next(chunks: AsyncIterator[dict[str, Any]]) -> dict[str, Any]:
-    """Return the first chunk; an error of the provider comes out here, while there is still a status to send."""
-    return await anext(chunks)
-
-
-async def _events(model: RemoteModel, first: dict[str, Any], chunks: Any) -> AsyncIterator[bytes]:
-    yield _event(first)
+async def _events(model: RemoteModel, first: dict[str, Any], chunks: Any) -> AsyncGenerator[bytes, None]:
     try:
         async with aclosing(chunks):
+            yield _event(first)
             async for chunk in chunks:
                 yield _event(chunk)
     except Exception as error:  # the status is sent already: the stream itself must say it

