@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -44,6 +45,7 @@ The matrix is written by `llmlab rehearse`; do not edit it.
 ENGINE_SECONDS = 600.0
 ENGINE_CONTEXT = 256
 HOST = "127.0.0.1"
+ERROR = re.compile(r"(\b\w+(?:Error|Exception): .+?|Value error, .+?)(?: \[type=.*)?$", re.MULTILINE)
 
 State = Literal["works", "not supported", "fails", "not tried", "-"]
 Say = Callable[[str], object]
@@ -246,7 +248,10 @@ def _by_vllm(model: Model, folder: Path) -> str:
         supervisor = Supervisor(named("vllm"), launch, ENGINE_SECONDS, load_serve_config().restart)
         try:
             supervisor.spawn()
-            supervisor.await_health()
+            try:
+                supervisor.await_health()
+            except EngineError as error:
+                raise EngineError(_reason(supervisor.log).replace(str(folder), model.name) or error.came) from None
             body = {"model": model.name, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": NEW_TOKENS}
             reply = httpx.post(f"{launch.url}/v1/chat/completions", json=body, timeout=ENGINE_SECONDS, trust_env=False)
         finally:
@@ -254,6 +259,12 @@ def _by_vllm(model: Model, folder: Path) -> str:
     if reply.status_code != 200:
         raise EngineError(f"vLLM answers {reply.status_code}: {reply.text[:200]}")
     return ""
+
+
+def _reason(log: Path) -> str:
+    """Return the last error that vLLM's log names, but not the one that says to look above it; pydantic's begins its own line."""
+    found = ERROR.findall(log.read_text(encoding="utf-8", errors="replace"))
+    return next((f"vLLM: {line}" for line in reversed(found) if "core initialization failed" not in line), "")
 
 
 @contextmanager

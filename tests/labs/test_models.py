@@ -99,6 +99,21 @@ def test_a_step_that_does_not_work_is_told_apart(monkeypatch: pytest.MonkeyPatch
     assert cells["lora"] == rehearse.Cell("fails", "RuntimeError: no memory") and cells["gguf"].state == "not tried"
 
 
+@pytest.mark.parametrize(
+    ("log", "reason"),
+    [
+        ("(E pid=2) ERROR ValueError: no head of 7\nRuntimeError: Engine core initialization failed. See above.\n",
+         "ValueError: no head of 7"),
+        ("ValidationError: 1 validation error\n  Value error, no processor [type=value_error, input_value=1]\n    For more\n",
+         "Value error, no processor"),
+        ("it just ended\n", ""),
+    ],
+)  # fmt: skip
+def test_vllm_is_quoted_with_the_error_that_ended_it(log: str, reason: str, tmp_path: Path) -> None:
+    (tmp_path / "engine.log").write_text(log, encoding="utf-8")
+    assert rehearse._reason(tmp_path / "engine.log") == (f"vLLM: {reason}" if reason else "")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["gemma-3-1b"])
 def test_a_model_is_taken_through_its_life(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
