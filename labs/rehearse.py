@@ -129,7 +129,9 @@ def life(model: Model) -> dict[str, Cell]:
 def keep(name: str, cells: dict[str, Cell]) -> None:
     """Put the results of a model among those that are kept."""
     every = kept()
-    versions = {package: version(package) for package in VERSIONS} | {"vllm": hardware.vllm_version() or "not installed"}
+    versions = {package: version(package) for package in VERSIONS}
+    if vllm := hardware.vllm_version():
+        versions["vllm"] = vllm
     every[name] = {"cells": {k: asdict(c) for k, c in cells.items()}, "versions": versions, "date": time.strftime("%Y-%m-%d")}
     runs.write_text(KEPT, json.dumps(dict(sorted(every.items())), indent=1) + "\n")
 
@@ -154,9 +156,10 @@ def matrix() -> str:
                      for column in COLUMNS]  # fmt: skip
             lines.append(f"| {model.name} | {model.config['model_type']} | " + " | ".join(shown) + " |")
     lines += ["", *(f"{number}. {note}" for number, note in enumerate(notes, 1))]
-    newest = max(every.values(), key=lambda kept: kept["date"], default=None)
+    newest = max((kept["date"] for kept in every.values()), default="")
+    versions = {name: number for kept in every.values() if kept["date"] == newest for name, number in kept["versions"].items()}
     if newest:
-        lines += ["", f"Last run {newest['date']}: " + ", ".join(f"{k} {v}" for k, v in newest["versions"].items()) + "."]
+        lines += ["", f"Last run {newest}: " + ", ".join(f"{name} {number}" for name, number in versions.items()) + "."]
     return "\n".join(lines) + "\n"
 
 
