@@ -32,7 +32,8 @@ ALERTS = ROOT / "monitoring" / "prometheus" / "alerts.yml"
 AT_ONCE = ("LlmlabEngineDown", "LlmlabIndexStale")  # whose expression holds at once; the others look back for minutes
 # A deployment of the fault stays, so it comes last; the engine that was killed again and again is healed by the next one.
 LIVE = ("poisoned-document", "stale-index", "renamed-metric", "wrong-embedder", "dead-engine")
-DEPLOYED = ("wrong-chat-template", "unbounded-queue", "end-of-turn-never-supervised")
+TRAINED = "end-of-turn-never-supervised"  # for minutes
+DEPLOYED = ("wrong-chat-template", "unbounded-queue", TRAINED)
 
 
 def test_the_table_is_whole() -> None:
@@ -133,9 +134,11 @@ def keep(fault: Fault, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, folder
     lesson._keep(fault, sandbox)
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(900)  # the first one starts the stack, and one trains; on a machine that others use too
-@pytest.mark.parametrize("name", [*LIVE, *DEPLOYED])
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.campaign if name == TRAINED else pytest.mark.slow) for name in (*LIVE, *DEPLOYED)],
+)
 def test_a_fault_shows_on_its_panel_and_only_then(
     name: str, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
