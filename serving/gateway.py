@@ -5,7 +5,6 @@ It owns the APIs, their limits and errors, and the metrics; generating is the en
 
 from __future__ import annotations
 
-import asyncio
 import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -21,7 +20,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 from monitoring import hardware
-from monitoring.metrics import ENGINE_PATH, GATEWAY_PATH, GATEWAY_TASKS, REGISTRY, set_build, set_models, start_series
+from monitoring.metrics import ENGINE_PATH, GATEWAY_PATH, REGISTRY, set_build, set_models, start_series
 from pipelines.config import ROOT
 from pipelines.errors import LabError
 from pipelines.runs import runs_root
@@ -93,7 +92,6 @@ def _add_operations(app: FastAPI, service: Service) -> None:
         """Return the gateway's metrics for Prometheus."""
         from prometheus_client import CONTENT_TYPE_LATEST
 
-        GATEWAY_TASKS.set(len(asyncio.all_tasks()))
         return Response(await run_in_threadpool(_exposition, service), media_type=CONTENT_TYPE_LATEST)
 
     @app.get(ENGINE_PATH, tags=["operations"], response_class=PlainTextResponse)

@@ -24,7 +24,7 @@ from pipelines.architecture import cache_of, config_of
 from pipelines.catalogue import Model
 from pipelines.config import ROOT
 from pipelines.errors import ConfigError, EngineError
-from pipelines.hardware import Choice, Machine, choose_engine, probe
+from pipelines.hardware import Choice, choose_engine, probe
 from serving import engines
 from serving.access import Access, loopback
 from serving.adapters import Adapters
@@ -43,7 +43,7 @@ from serving.prices import price_of
 from serving.rates import Rates
 from serving.service import Service
 from serving.settings import ServeConfig
-from serving.sizes import sizes_of
+from serving.sizes import check_context, sizes_of
 from serving.supervisor import Supervisor
 from serving.tls import context as tls_context
 from serving.traces import check_traces
@@ -59,7 +59,6 @@ if TYPE_CHECKING:
 Say = Callable[[str], None]
 WORK = ROOT / ".cache" / "serve"
 ENGINE_HOST = "127.0.0.1"  # the engine has no limits and no authentication: only the gateway talks to it
-GPU_RESERVE = 0.03  # of its memory, which vLLM's own start takes before it looks
 STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")
 
 
@@ -176,6 +175,7 @@ def _begun(model_name: str, config: ServeConfig, adapter: str | Sequence[str], p
         say("warning: log.prompts is true, so the log holds what users ask")
     choice = choose_engine(config.engine)
     model = model_of(model_name, choice.choice, config)
+    check_context(model, config)
     say(f"engine  {choice.choice}: {choice.reason}")
     chosen = _chosen(model, choice, [adapter] if isinstance(adapter, str) else adapter, say)
     _tls(config)
@@ -278,18 +278,11 @@ def launch_of(model: Model, config: ServeConfig, engine_name: str, chosen: Chose
         threads=machine.cpus,
         gpu=bool(machine.gpus) and engine_name == "vllm",
         work=WORK / f"{engine_name}-{port}",
-        gpu_memory_share=_gpu_memory_share(config, machine),
+        gpu_memory_share=sizes.gpu_memory_share,
         vllm=config.vllm,
         provider=config.provider.model_copy(update={"model": model.provider}),
         speculation=config.speculation,
     )
-
-
-def _gpu_memory_share(config: ServeConfig, machine: Machine) -> float:
-    """Return the wanted share, or, of GPUs that others use too, what is free of the fullest but for a reserve."""
-    used = machine.gpus[: config.vllm.gpus // config.vllm.nodes]
-    free = [gpu.free_memory_bytes / gpu.memory_bytes for gpu in used if gpu.free_memory_bytes]
-    return max(0.05, min([config.gpu_memory_share, *(round(share - GPU_RESERVE, 2) for share in free)]))
 
 
 def server_of(service: Service) -> DrainingServer:

@@ -116,7 +116,7 @@ class DrainingServer(uvicorn.Server):
     async def on_tick(self, counter: int) -> bool:
         """Return whether to stop; asked ten times a second."""
         if not counter % TICKS:
-            GATEWAY_TASKS.set(len(asyncio.all_tasks()))  # another worker may be the one that is scraped
+            GATEWAY_TASKS.set(len(asyncio.all_tasks()))  # of this loop; a scrape may be answered by another worker
         return await super().on_tick(counter) or self.drain.over
 
 

@@ -16,16 +16,24 @@ from pipelines.errors import ConfigError
 from pipelines.hardware import Machine
 from serving.settings import ServeConfig
 
+GPU_RESERVE = 0.03  # of its memory, which vLLM's own start takes before it looks
 USUAL_CONTEXT, LEAST_CONTEXT, CONTEXT_STEP = 4096, 256, 256
 SLOTS_FOR_EACH_CPU, MOST_SLOTS, MEMORY_SHARE_OF_SLOTS = 2, 16, 0.5
 CACHE_SHARE_OF_GPU = 0.8  # of what weights leave; the rest is for what vLLM computes with
 
 
 class Sizes(NamedTuple):
-    """What an engine is started with: the longest prompt and reply of one request, in tokens, and sequences at once."""
+    """What an engine is started with.
+
+    Attributes:
+        context_tokens: longest prompt and reply of one request.
+        slots: sequences at once.
+        gpu_memory_share: of each GPU, for weights and cache of vLLM.
+    """
 
     context_tokens: int
     slots: int
+    gpu_memory_share: float
 
 
 def sizes_of(model: Model, config: ServeConfig, engine: str, machine: Machine, weight_bytes: int = 0) -> Sizes:
@@ -37,37 +45,41 @@ def sizes_of(model: Model, config: ServeConfig, engine: str, machine: Machine, w
         engine: name of the engine.
         machine: that it runs on.
         weight_bytes: of the weights, which take a part of the GPUs.
-
-    Raises:
-        ConfigError: the context is longer than the model was made for.
     """
     cache = cache_of(config_of(model)) if model.config else None
-    tokens = config.context_tokens or _context(model, config, engine, machine, cache, weight_bytes)
-    made_for = model.context_tokens or tokens
-    if tokens > made_for:
-        raise ConfigError(f"context_tokens is {tokens}", f"at most {made_for}, which {model.name} was made for",
-                          f"--set context_tokens={made_for}")  # fmt: skip
-    wanted: int | None = getattr(config.slots, engine)
-    return Sizes(tokens, wanted or _slots(machine, cache, tokens))
-
-
-def _context(
-    model: Model, config: ServeConfig, engine: str, machine: Machine, cache: Cache | None, weight_bytes: int
-) -> int:  # fmt: skip
-    if cache is None:  # a model that is elsewhere
-        return model.context_tokens or USUAL_CONTEXT
-    made_for, room = model.context_tokens or USUAL_CONTEXT, int(MEMORY_SHARE_OF_SLOTS * machine.free_memory_bytes)
+    share, made_for = _gpu_memory_share(config, machine), model.context_tokens or USUAL_CONTEXT
     if engine == "vllm" and machine.gpus:
-        memory = min(card.memory_bytes for card in machine.gpus) * config.vllm.gpus * config.gpu_memory_share
-        room = int(CACHE_SHARE_OF_GPU * (memory - weight_bytes))
+        gpus = min(card.memory_bytes for card in machine.gpus) * config.vllm.gpus * share
+        longest, room = made_for, int(CACHE_SHARE_OF_GPU * (gpus - weight_bytes))
     else:
-        made_for = min(made_for, USUAL_CONTEXT)
-    fits = cache.longest(room) // CONTEXT_STEP * CONTEXT_STEP
-    return max(LEAST_CONTEXT, min(made_for, fits))
+        longest, room = min(made_for, USUAL_CONTEXT), int(MEMORY_SHARE_OF_SLOTS * machine.free_memory_bytes)
+    tokens = config.context_tokens or _context(longest, room, cache)
+    slots: int | None = getattr(config.slots, engine)
+    return Sizes(tokens, slots or _slots(machine.cpus, room, cache, tokens), share)
 
 
-def _slots(machine: Machine, cache: Cache | None, context_tokens: int) -> int:
-    wanted = min(MOST_SLOTS, SLOTS_FOR_EACH_CPU * machine.cpus)
-    if cache is None:
-        return wanted
-    return max(1, min(wanted, int(MEMORY_SHARE_OF_SLOTS * machine.free_memory_bytes) // cache.bytes(context_tokens)))
+def check_context(model: Model, config: ServeConfig) -> None:
+    """Raise `ConfigError` if the context is configured longer than the model was made for."""
+    if config.context_tokens and model.context_tokens and config.context_tokens > model.context_tokens:
+        raise ConfigError(
+            f"context_tokens is {config.context_tokens}", f"at most {model.context_tokens}, which {model.name} was made for",
+            f"--set context_tokens={model.context_tokens}",
+        )  # fmt: skip
+
+
+def _context(longest: int, room_bytes: int, cache: Cache | None) -> int:
+    if cache is None:  # a model that is elsewhere
+        return longest
+    return max(LEAST_CONTEXT, min(longest, cache.longest(room_bytes) // CONTEXT_STEP * CONTEXT_STEP))
+
+
+def _slots(cpus: int, room_bytes: int, cache: Cache | None, context_tokens: int) -> int:
+    wanted = min(MOST_SLOTS, SLOTS_FOR_EACH_CPU * cpus)
+    return max(1, min(wanted, room_bytes // cache.bytes(context_tokens))) if cache else wanted
+
+
+def _gpu_memory_share(config: ServeConfig, machine: Machine) -> float:
+    """Return the wanted share, or, of GPUs that others use too, what is free of the fullest but for a reserve."""
+    used = machine.gpus[: config.vllm.gpus // config.vllm.nodes]
+    free = [gpu.free_memory_bytes / gpu.memory_bytes for gpu in used if gpu.free_memory_bytes]
+    return max(0.05, min([config.gpu_memory_share, *(round(share - GPU_RESERVE, 2) for share in free)]))

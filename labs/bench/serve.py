@@ -120,7 +120,7 @@ def bench_serve(
         document = asyncio.run(_compared(served, targets, sizes, progress))
         stack.close()
         with gateway(model, place / "index", place / "gateway.log") as bounded:
-            document |= asyncio.run(_alone(bounded, sizes, progress))
+            document |= asyncio.run(_by_itself(bounded, sizes, progress))
     with TemporaryDirectory() as folder:
         guessed = speculation(entry, sizes.documents, Path(folder), progress)
     errors = document["mixed"]["server_errors"] + sum(of["server_errors"] for of in document["loads"].values())
@@ -143,7 +143,7 @@ async def _compared(served: Served, targets: Mapping[str, Target], sizes: Sizes,
     }  # fmt: skip
 
 
-async def _alone(served: Served, sizes: Sizes, progress: Progress) -> dict[str, Any]:
+async def _by_itself(served: Served, sizes: Sizes, progress: Progress) -> dict[str, Any]:
     """Return what the gateway adds to the first token, with no other server on the machine, and what its bounds do."""
     await _warm_up(served.gateway)
     first = await first_tokens(served, sizes.pairs, progress)

@@ -27,7 +27,6 @@ from pipelines.errors import (
     RunIncomplete,
     UnknownName,
 )
-from pipelines.hardware import Gpu, Machine
 from pipelines.runs import Run
 from serving import launch
 from serving.address import listen
@@ -300,12 +299,3 @@ def test_ctrl_c_that_a_library_swallows_still_stops(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "ready" not in done.stdout and done.stdout.endswith("stopped\n")
-
-
-@pytest.mark.parametrize(
-    ("free_mib", "share"),
-    [(None, 0.9), (16376, 0.9), (8188, 0.47), (0, 0.9), (100, 0.05)],  # 0: the driver does not say
-)
-def test_a_gpu_is_asked_for_what_is_free_of_it(free_mib: int | None, share: float) -> None:
-    gpus = () if free_mib is None else (Gpu("card", 16376 * 2**20, free_mib * 2**20, "550"),)
-    assert launch._gpu_memory_share(serve_config(), Machine(2, (), 0, 0, 0, gpus)) == share
