@@ -158,10 +158,18 @@ def nothing_in(root: Path, skipped: Sequence[Skipped]) -> DataError:
 
 
 def _files(root: Path) -> Iterator[Path]:
-    for path in sorted(root.rglob("*")):
-        hidden = any(part.startswith(".") for part in path.relative_to(root).parts)
-        if not hidden and (path.is_file() or path.is_symlink()):
-            yield path
+    found = []
+    for folder, folders, files in os.walk(root, onerror=_raise_unless_gone):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [Path(folder, name) for name in [*folders, *files] if not name.startswith(".")]
+    yield from (path for path in sorted(found) if path.is_file() or path.is_symlink())
+
+
+def _raise_unless_gone(error: OSError) -> None:
+    """Go on without a folder that was removed meanwhile or is closed to us; any other trouble must not look like an empty one."""
+    if not isinstance(error, FileNotFoundError | PermissionError):
+        raise DataError(f"{error.filename} cannot be read: {error.strerror}", "a folder that can be read to its end",
+                        "make index DOCS=path/to/folder") from None  # fmt: skip
 
 
 def _read(root: Path, path: Path, source: str, known: str | None, left_out: Skipped | None) -> Document:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 
 import pytest
 from pypdf import PdfReader, PdfWriter
 from reportlab.pdfgen.canvas import Canvas
 
 from pipelines.errors import DataError
-from pipelines.rag.load import load
+from pipelines.rag.load import document_files, load
 from tests.pipelines.rag.conftest import read_one, sections
 
 
@@ -124,6 +127,41 @@ def test_bad_files_are_reported_and_the_others_are_read(docs: Path) -> None:
         "sheet.xlsx": "files of type .xlsx are not supported",
         "caf?.md": "the file name is not UTF-8",
     }
+
+
+def test_folders_that_others_make_and_remove_meanwhile_do_no_harm(docs: Path) -> None:
+    done = Event()
+
+    def churn() -> None:
+        while not done.is_set():
+            for name in (".incoming-x", "passing"):
+                (docs / name).mkdir()
+                (docs / name / "file.md").touch()
+                (docs / name / "file.md").unlink()
+                (docs / name).rmdir()
+
+    with ThreadPoolExecutor(1) as pool:
+        churning = pool.submit(churn)
+        try:
+            found = [document_files(docs) for _ in range(2000)]
+        finally:
+            done.set()
+        churning.result()
+    steady = [[p.name for p in paths if p.parent.name != "passing"] for paths in found]
+    assert steady == [["cache.txt", "claude-2.md", "monitor.html", "falcon.md"]] * 2000
+
+
+def test_a_folder_that_cannot_be_looked_into_is_no_empty_one(docs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.scandir
+
+    def failing(path: str) -> object:
+        if str(path).endswith("deep"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO), path)
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", failing)
+    with pytest.raises(DataError, match="deep cannot be read: Input/output error"):
+        load(docs)
 
 
 def test_links_that_lead_out_are_not_followed(docs: Path, tmp_path: Path) -> None:
