@@ -149,7 +149,7 @@ test-all: .venv/dev .venv/bench .venv/stores .venv/chains .venv/ray .venv/trace 
 test-faults: .venv/dev ## kill a training at 120 points and an index at over 200, and go on each time (about 15 minutes)
 	@.venv/bin/pytest -m faults
 
-test-bench: .venv/dev .venv/bench .venv/chains ## hold whole benches to their targets (about 9 minutes)
+test-bench: .venv/dev .venv/bench .venv/chains ## hold whole benches and the demo to their targets (about 15 minutes on a quiet machine)
 	@.venv/bin/pytest -m campaign
 
 lock: ## resolve requirements/*.in again into the lock files

@@ -164,7 +164,7 @@ def make_plan(entry: Model, recipe: Recipe, machine: Machine, device: str, *, on
         model=entry.name, method=recipe.method, device=device, parameters=base, quantised_parameters=in_nf4,
         trained_parameters=trained, batch=batch, weight_bytes=int(in_nf4 * NF4_BITS / 8 + (base - in_nf4 - spread) * size),
         adapter_bytes=4 * own, gradient_bytes=4 * trained, optimiser_bytes=8 * trained,
-        activation_bytes=step_bytes(entry, recipe, lora, batch, size),
+        activation_bytes=step_bytes(model, entry, recipe, lora, batch, size),
         mapped_bytes=_file_bytes(entry) * in_nf4 // base if device == "cpu" else 0,
         fixed_bytes=RUNTIME_BYTES + WORKSPACE_BYTES if device == "cpu" else 0, processes=processes,
         cache=cache_of(config_of(entry)),
@@ -197,23 +197,24 @@ def largest_of(recipe: Recipe) -> Batch:
     return Batch(s.sequences_at_once, s.max_tokens, round(LABEL_SHARE * s.sequences_at_once * s.max_tokens))
 
 
-def step_bytes(entry: Model, recipe: Recipe, lora: Lora | None, batch: Batch, size: int) -> int:
+def step_bytes(model: Any, entry: Model, recipe: Recipe, lora: Lora | None, batch: Batch, size: int) -> int:
     """Return what a step takes beyond weights, gradients and optimiser.
 
     PEFT makes a copy of experts that have an adapter, which stands until the backward pass has gone by.
 
     Args:
+        model: as `meta_model` makes it, experts included.
         entry: a runnable model.
         recipe: how it is tuned.
         lora: shape of the adapter, if the recipe does not say it.
         batch: what is computed at once.
         size: bytes of an element.
     """
-    model = meta_model(entry, recipe, lora)
     adapted = entry.tuning.expert_parameters if entry.tuning and recipe.method != "full" else []
-    copied: int = sum(p.numel() for name, p in model.named_parameters() if any(name.endswith(f".{e}") for e in adapted))
-    layers: int = len(layers_of(model.get_base_model())) if copied and recipe.schedule.checkpointing else 1
-    return activation_bytes(model, batch, size) + copied * size // layers
+    traced = meta_model(entry, recipe, lora) if adapted else model
+    copied: int = sum(p.numel() for name, p in traced.named_parameters() if any(name.endswith(f".{e}") for e in adapted))
+    layers: int = len(layers_of(traced.get_base_model())) if copied and recipe.schedule.checkpointing else 1
+    return activation_bytes(traced, batch, size) + copied * size // layers
 
 
 def activation_bytes(model: Any, batch: Batch, size: int) -> int:

@@ -85,7 +85,7 @@ def needs(entry: Model, recipe: Recipe) -> tuple[list[Need], Batch]:
     method = recipe if recipe.lora else recipe.model_copy(update={"method": "lora", "preference": None})
     shape = recipe.lora or PLAIN
     model, batch = meta_model(entry, method, shape, experts=True), largest_of(recipe)
-    activations = step_bytes(entry, method, shape, batch, 2)
+    activations = step_bytes(model, entry, method, shape, batch, 2)
     total, projections, trained = count_parameters(model, quantised=True)
     found = []
     for bits, of_tuned in TUNED_BITS.items():

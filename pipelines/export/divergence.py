@@ -79,7 +79,8 @@ def of_llamacpp(file: Path, prompts: Sequence[Sequence[int]]) -> np.ndarray:
     lines = done.stdout.strip().splitlines()
     if done.returncode or not lines:
         said = [re.sub(r"^[\d.]+ [A-Z] ", "", line.strip()) for line in done.stderr.splitlines() if line.strip()]
-        why = next((line for line in said if "error" in line.lower()), said[-1] if said else "no message")
+        reasons = (line for line in said if "error" in line.lower() or "GGML_ASSERT" in line)
+        why = next(reasons, said[-1] if said else "no message")
         raise ExportFailed(f"llama.cpp cannot run {file.name}: {why}", "an architecture and a size that llama.cpp knows",
                            "llmlab export --quantisation none keeps the merged model")  # fmt: skip
     answers = json.loads(lines[-1])

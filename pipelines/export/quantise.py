@@ -1,7 +1,8 @@
 """A GGUF file in 16 bits -> the same in fewer, block by block, with ggml's own routine from the llama.cpp wheel.
 
 Projections take the type that was asked for; embeddings and output layer keep at least six bits, as llama.cpp's quantiser
-has it, and what is not a matrix stays as it is. K-quants come in blocks of 256; a matrix whose rows are no multiple of that
+has it. What is not a matrix stays as it is, and so do the matrices that its quantiser leaves alone: norms of single heads, the
+gates that choose experts, and positions. K-quants come in blocks of 256; a matrix whose rows are no multiple of that
 takes the nearest type in blocks of 32.
 """
 
@@ -26,6 +27,7 @@ WITHOUT_K = {"Q6_K": "Q8_0", "Q5_K": "Q5_1", "Q4_K": "Q5_0"}  # llama.cpp's own 
 SIX_BITS = "Q6_K"
 AT_LEAST_SIX_BITS = ("Q8_0", SIX_BITS)
 KEPT_PRECISE = ("token_embd.weight", "output.weight")
+LEFT_ALONE = ("_norm.weight", "ffn_gate_inp.weight", "position_embd.weight")
 K_BLOCK = 256
 
 Progress = Callable[[str, int, int], None]
@@ -78,7 +80,7 @@ def quantise(source: Path, out: Path, name: str, progress: Progress) -> None:
 
 def type_of(tensor: str, shape: tuple[int, ...], name: str) -> str | None:
     """Return the ggml type that a tensor gets, or None if it stays as it is; the last of `shape` is the length of a row."""
-    if len(shape) < 2 or not tensor.endswith(".weight"):
+    if len(shape) < 2 or not tensor.endswith(".weight") or tensor.endswith(LEFT_ALONE):
         return None
     kind = name.upper()
     if tensor in KEPT_PRECISE and kind not in AT_LEAST_SIX_BITS:

@@ -174,6 +174,12 @@ def test_rows_that_256_does_not_divide_take_blocks_of_32() -> None:
     assert set(choices()) == {"f16", *FILE_TYPES}
 
 
+@pytest.mark.parametrize("tensor", ["blk.0.attn_q_norm.weight", "blk.0.ffn_gate_inp.weight", "position_embd.weight"])
+def test_what_llamacpps_own_quantiser_leaves_alone_stays_as_it_is(tensor: str) -> None:
+    """Norms of single heads (Command R+), the gates of experts (Mixtral) and learnt positions are matrices too."""
+    assert type_of(tensor, (256, 256), "q4_k") is None
+
+
 def test_divergence_is_that_of_scipy() -> None:
     import numpy as np
     from scipy.special import log_softmax

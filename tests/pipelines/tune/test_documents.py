@@ -178,7 +178,7 @@ def test_a_folder_without_documents_and_preferences_from_a_folder_are_refused(
     assert quiet.lines == []
 
 
-@pytest.mark.parametrize("name", ["lora", "full", "qlora", "dora"])
+@pytest.mark.parametrize("name", ["lora", "full", *(pytest.param(n, marks=pytest.mark.slow) for n in ("qlora", "dora"))])
 def test_every_supervised_method_learns_a_folder(
     name: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

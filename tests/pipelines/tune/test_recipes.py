@@ -16,8 +16,9 @@ from serving.tuned import adapter_of
 from tests.conftest import MODEL, Quiet
 
 MODELS = [catalogue.find(name) for name in (MODEL, "mistral-7b")]  # the others: llmlab rehearse, test_families.py
+QUICK = {("lora-quick", MODEL), ("dora", MODEL), ("full", MODEL), ("dpo", MODEL), ("qlora", "mistral-7b")}  # each method once
 MATRIX = [
-    pytest.param(recipe, m.name, marks=[] if m.name == MODEL or recipe == m.default_recipe else pytest.mark.slow)
+    pytest.param(recipe, m.name, marks=[] if (recipe, m.name) in QUICK else pytest.mark.slow)
     for recipe in names("recipes") for m in MODELS
 ]  # fmt: skip
 
