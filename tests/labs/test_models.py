@@ -85,6 +85,15 @@ def test_the_matrix_is_that_of_the_kept_results() -> None:
     assert "| fails" not in written
 
 
+def test_the_catalogue_names_the_engines_that_rehearsals_went_through() -> None:
+    for name, result in rehearse.kept().items():
+        serving, cells = find(name).serving, result["cells"]
+        assert serving
+        assert ("llamacpp" in serving.engines) == (cells["gguf"]["state"] == "works"), name
+        assert "vllm" in serving.engines or cells["vllm"]["state"] != "works", name
+        assert "vllm" not in serving.engines or "not supported anymore" not in cells["vllm"]["detail"], name
+
+
 def test_a_step_that_does_not_work_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     def raising(error: Exception) -> None:
         raise error
