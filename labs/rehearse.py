@@ -46,6 +46,7 @@ ENGINE_SECONDS = 600.0
 ENGINE_CONTEXT = 256
 HOST = "127.0.0.1"
 ERROR = re.compile(r"(\b\w+(?:Error|Exception): .+?|Value error, .+?)(?: \[type=.*)?$", re.MULTILINE)
+LOOK_ABOVE = ("core initialization failed", "failed to be inspected", "validation error for")
 
 State = Literal["works", "not supported", "fails", "not tried", "-"]
 Say = Callable[[str], object]
@@ -265,9 +266,9 @@ def _by_vllm(model: Model, folder: Path) -> str:
 
 
 def _reason(log: Path) -> str:
-    """Return the last error that vLLM's log names, but not the one that says to look above it; pydantic's begins its own line."""
+    """Return the last error that vLLM's log names, but none that says to look above it; pydantic's begins its own line."""
     found = ERROR.findall(log.read_text(encoding="utf-8", errors="replace"))
-    return next((f"vLLM: {line}" for line in reversed(found) if "core initialization failed" not in line), "")
+    return next((f"vLLM: {line}" for line in reversed(found) if not any(words in line for words in LOOK_ABOVE)), "")
 
 
 @contextmanager

@@ -115,6 +115,9 @@ def test_a_step_that_does_not_work_is_told_apart(monkeypatch: pytest.MonkeyPatch
          "ValueError: no head of 7"),
         ("ValidationError: 1 validation error\n  Value error, no processor [type=value_error, input_value=1]\n    For more\n",
          "Value error, no processor"),
+        ("ModuleNotFoundError: No module named 'torchvision'\nValidationError: 1 validation error for ModelConfig\n"
+         "  Value error, Model architecture A failed to be inspected.\n",
+         "ModuleNotFoundError: No module named 'torchvision'"),
         ("it just ended\n", ""),
     ],
 )  # fmt: skip
