@@ -25,6 +25,7 @@ from pipelines.tune.template import render_with
 if TYPE_CHECKING:
     import numpy as np
 
+WHY = re.compile(r"(?:\.(?:cpp|c|cu|h):\d+: )(.*)|(.*error.*)", re.IGNORECASE)  # ggml's failed checks begin with file and line
 NO_CHANCE = -1e4  # log-probability of a token that an engine does not list
 
 
@@ -78,10 +79,8 @@ def of_llamacpp(file: Path, prompts: Sequence[Sequence[int]]) -> np.ndarray:
                           env=os.environ | {"PYTHONPATH": str(ROOT)} | OPENMP_ENVIRONMENT)  # fmt: skip
     lines = done.stdout.strip().splitlines()
     if done.returncode or not lines:
-        said = [re.sub(r"^[\d.]+ [A-Z] ", "", line.strip()) for line in done.stderr.splitlines() if line.strip()]
-        reasons = (line for line in said if "error" in line.lower() or "GGML_ASSERT" in line)
-        why = next(reasons, said[-1] if said else "no message")
-        raise ExportFailed(f"llama.cpp cannot run {file.name}: {why}", "an architecture and a size that llama.cpp knows",
+        came = f"llama.cpp cannot run {file.name}: {reason(done.stderr)}"
+        raise ExportFailed(came, "an architecture and a size that llama.cpp knows",
                            "llmlab export --quantisation none keeps the merged model")  # fmt: skip
     answers = json.loads(lines[-1])
     table = np.full((len(answers), 1 + max(token for answer in answers for token, _ in answer)), NO_CHANCE, dtype=np.float32)
@@ -89,6 +88,13 @@ def of_llamacpp(file: Path, prompts: Sequence[Sequence[int]]) -> np.ndarray:
         for token, value in answer:
             row[token] = NO_CHANCE if value is None else value
     return table
+
+
+def reason(stderr: str) -> str:
+    """Return the line that says why llama.cpp ended: its first error or failed check, not the debugger's words after it."""
+    said = [re.sub(r"^[\d.]+ [A-Z] ", "", line.strip()) for line in stderr.splitlines() if line.strip()]
+    telling = (found[1] or found[2] for line in said if (found := WHY.search(line)))
+    return next(telling, said[-1] if said else "no message")
 
 
 def compare(before: np.ndarray, after: np.ndarray) -> Divergence:

@@ -158,18 +158,20 @@ def nothing_in(root: Path, skipped: Sequence[Skipped]) -> DataError:
 
 
 def _files(root: Path) -> Iterator[Path]:
-    found = []
-    for folder, folders, files in os.walk(root, onerror=_raise_unless_gone):
+    """Yield what is below a folder and not hidden, links too, and the folders that may not be opened, to be reported."""
+    found, closed = list[Path](), set[Path]()
+
+    def note(error: OSError) -> None:
+        if isinstance(error, PermissionError):
+            closed.add(Path(error.filename))
+        elif not isinstance(error, FileNotFoundError):  # removed meanwhile
+            raise DataError(f"{error.filename} cannot be read: {error.strerror}", "a folder that can be read to its end",
+                            "make index DOCS=path/to/folder")  # fmt: skip
+
+    for folder, folders, files in os.walk(root, onerror=note):
         folders[:] = [name for name in folders if not name.startswith(".")]
         found += [Path(folder, name) for name in [*folders, *files] if not name.startswith(".")]
-    yield from (path for path in sorted(found) if path.is_file() or path.is_symlink())
-
-
-def _raise_unless_gone(error: OSError) -> None:
-    """Go on without a folder that was removed meanwhile or is closed to us; any other trouble must not look like an empty one."""
-    if not isinstance(error, FileNotFoundError | PermissionError):
-        raise DataError(f"{error.filename} cannot be read: {error.strerror}", "a folder that can be read to its end",
-                        "make index DOCS=path/to/folder") from None  # fmt: skip
+    yield from (path for path in sorted({*found, *closed}) if path in closed or path.is_file() or path.is_symlink())
 
 
 def _read(root: Path, path: Path, source: str, known: str | None, left_out: Skipped | None) -> Document:
@@ -178,7 +180,8 @@ def _read(root: Path, path: Path, source: str, known: str | None, left_out: Skip
     if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root)):
         raise Unreadable("a link that leads out of the folder")
     if not path.is_file():
-        raise Unreadable("a link to a folder or to nothing")
+        linked = path.is_symlink()
+        raise Unreadable("a link to a folder or to nothing" if linked else "a folder that may not be opened, or no file any more")
     if path.suffix.lower() not in _READERS:
         raise Unreadable(f"files of type {path.suffix or '(none)'} are not supported")
     kind, reader = _READERS[path.suffix.lower()]

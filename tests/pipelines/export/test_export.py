@@ -11,7 +11,7 @@ import pytest
 from pipelines.errors import ConfigError, ExportFailed, UnknownName
 from pipelines.export import job
 from pipelines.export.convert import CONVERTER
-from pipelines.export.divergence import compare
+from pipelines.export.divergence import compare, reason
 from pipelines.export.modelfile import go_template
 from pipelines.export.quantise import FILE_TYPES, blocks, choices, type_of
 from pipelines.runs import Run
@@ -178,6 +178,21 @@ def test_rows_that_256_does_not_divide_take_blocks_of_32() -> None:
 def test_what_llamacpps_own_quantiser_leaves_alone_stays_as_it_is(tensor: str) -> None:
     """Norms of single heads (Command R+), the gates of experts (Mixtral) and learnt positions are matrices too."""
     assert type_of(tensor, (256, 256), "q4_k") is None
+
+
+@pytest.mark.parametrize(
+    ("stderr", "why"),
+    [
+        ("0.1 I loading\n0.2 E llama_model_load: error loading model: wrong number of tensors\n0.3 E exiting\n",
+         "llama_model_load: error loading model: wrong number of tensors"),
+        ("0.1 I loading\n/build/ggml-cpu/binary-ops.cpp:135: binary_op: unsupported types: src1: q5_0\n\n"
+         "warning: process 1 is traced\n360\t../csu/libc-start.c: No such file or directory.\n",
+         "binary_op: unsupported types: src1: q5_0"),
+        ("killed\n", "killed"), ("", "no message"),
+    ],
+)  # fmt: skip
+def test_the_line_that_says_why_llamacpp_ended_is_found(stderr: str, why: str) -> None:
+    assert reason(stderr) == why
 
 
 def test_divergence_is_that_of_scipy() -> None:

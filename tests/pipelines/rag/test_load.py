@@ -151,17 +151,23 @@ def test_folders_that_others_make_and_remove_meanwhile_do_no_harm(docs: Path) ->
     assert steady == [["cache.txt", "claude-2.md", "monitor.html", "falcon.md"]] * 2000
 
 
-def test_a_folder_that_cannot_be_looked_into_is_no_empty_one(docs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("number", [errno.EIO, errno.EACCES])
+def test_a_folder_that_cannot_be_looked_into_is_no_empty_one(docs: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     real = os.scandir
 
     def failing(path: str) -> object:
         if str(path).endswith("deep"):
-            raise OSError(errno.EIO, os.strerror(errno.EIO), path)
+            raise OSError(number, os.strerror(number), path)
         return real(path)
 
     monkeypatch.setattr(os, "scandir", failing)
-    with pytest.raises(DataError, match="deep cannot be read: Input/output error"):
-        load(docs)
+    if number == errno.EACCES:
+        documents, skipped = load(docs)
+        assert len(documents) == 3 and [s.path for s in skipped] == ["deep"] and "may not be opened" in skipped[0].reason
+        assert [p.name for p in document_files(docs)] == ["cache.txt", "claude-2.md", "falcon.md"]
+    else:
+        with pytest.raises(DataError, match="deep cannot be read: Input/output error"):
+            load(docs)
 
 
 def test_links_that_lead_out_are_not_followed(docs: Path, tmp_path: Path) -> None:
