@@ -5,6 +5,7 @@ Speed and memory of an engine do not depend on what the weights say, so random o
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from labs.frame.small import Small
 from pipelines.catalogue import runnable
+from pipelines.errors import EngineError
 from pipelines.export.convert import to_gguf
 from pipelines.export.quantise import F16, quantise
 from pipelines.tune.rehearsal import write_pieces
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
 PRE_TOKENIZER = "gpt-2"  # of tokenizers that are trained here, as in pipelines.export.job
 STARTUP_SECONDS = 120.0
 REPLY_SECONDS = 600.0
+LEAST_CPU_SECONDS = 0.5  # 50 steps of a clock that counts hundredths of a second
+STILL_SECONDS = 60.0
 HOST = "127.0.0.1"
 
 
@@ -48,10 +52,22 @@ class Engine:
         return self.supervisor.memory_bytes()
 
     def cpu_seconds(self, prompts: Sequence[Sequence[int]], tokens: int) -> float:
-        """Send prompts at once, let it write `tokens` for each, and return the processor time that took."""
-        before = self.supervisor.cpu_seconds()
-        self.ask_at_once(prompts, tokens)
-        return self.supervisor.cpu_seconds() - before
+        """Return the processor time of one written token when `prompts` are sent at once and each gets `tokens` of them.
+
+        They are sent again until the time is many steps of the clock, which for a small model is one in a hundredth of a second.
+
+        Raises:
+            EngineError: the engine has ended, or its processor time does not grow while it writes.
+        """
+        before, since, written, spent = self.supervisor.cpu_seconds(), time.monotonic(), 0, 0.0
+        while spent < LEAST_CPU_SECONDS:
+            if written and not spent and time.monotonic() - since > STILL_SECONDS:
+                came = f"llama.cpp wrote {written} tokens in {STILL_SECONDS:.0f} s without any processor time"
+                raise EngineError(came, "a system that counts the time of child processes", "measure on another machine")
+            self.ask_at_once(prompts, tokens)
+            written += tokens * len(prompts)
+            spent = self.supervisor.cpu_seconds() - before
+        return spent / written
 
     def ask(self, prompt: Sequence[int], tokens: int) -> Speed:
         """Send token ids, let it write `tokens` more, and return how fast it was."""
