@@ -129,7 +129,7 @@ def queries(questions: int, unanswerable: int) -> list[Query]:
         ConfigError: there are fewer.
         DataError: the XQuAD file is absent.
     """
-    held, most = xquad.test_questions(None), max(questions, unanswerable)
+    held, most = xquad.held_out_questions(None), max(questions, unanswerable)
     if most > len(held):
         raise ConfigError(f"{most} questions were asked for", f"at most {len(held)}, which are for testing")
     drawn, sources = random.Random(SEED).sample(held, most), _sources()
@@ -188,7 +188,7 @@ def _learned_threshold(retriever: Retriever, progress: Progress) -> Threshold:
 
 
 def _training_questions() -> list[xquad.Question]:
-    tested = {q.id for q in xquad.test_questions(None)}
+    tested = {q.id for q in xquad.held_out_questions(None)}
     return [q for paragraph in xquad.paragraphs().values() for q in paragraph if q.id not in tested]
 
 

@@ -124,7 +124,7 @@ def xquad_index(folder: Path, progress: Progress) -> tuple[Retriever, float, flo
 
 def xquad_sets(retriever: Retriever) -> Iterator[Set]:
     """Yield the questions of the articles that are learnt from elsewhere, and those of the articles for testing."""
-    paragraphs, tested = xquad.paragraphs(), {q.id for q in xquad.test_questions(None)}
+    paragraphs, tested = xquad.paragraphs(), {q.id for q in xquad.held_out_questions(None)}
     for name, test in (("xquad_train", False), ("xquad_test", True)):
         asked = tuple(Asked(q.question, frozenset({f"{paragraph}.txt"})) for paragraph, questions in paragraphs.items()
                       for q in questions if (q.id in tested) == test)  # fmt: skip

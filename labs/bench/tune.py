@@ -96,7 +96,7 @@ def bench_tune(names: Sequence[str], minutes: float, questions: int, *, quick: b
         DataError: the XQuAD file is absent.
         TrainingFailed: a contender ended with an error; its log is named.
     """
-    asked = xquad.test_questions(questions)
+    asked = xquad.held_out_questions(questions)
     rows = xquad.train_rows()
     entry = catalogue.runnable(MODEL)
     base = weights.obtain(entry, pull=False, say=lambda _: None)

@@ -86,7 +86,7 @@ def paragraphs() -> dict[str, list[Question]]:
     return {f"paragraph-{number:04}": paragraph for number, paragraph in enumerate(every)}
 
 
-def test_questions(sample: int | None) -> list[Question]:
+def held_out_questions(sample: int | None) -> list[Question]:
     """Return questions of the last 12 articles, all of them or the same `sample` each time.
 
     A sample takes whole paragraphs, one of each article in turn, since a paragraph's second question costs little.

@@ -28,7 +28,7 @@ PRE_TOKENIZER = "gpt-2"  # of tokenizers that are trained here, as in pipelines.
 STARTUP_SECONDS = 120.0
 REPLY_SECONDS = 600.0
 LEAST_CPU_SECONDS = 0.5  # 50 steps of a clock that counts hundredths of a second
-STILL_SECONDS = 60.0
+STILL_SECONDS = 60.0  # before a processor time that does not grow counts as one that is not counted
 HOST = "127.0.0.1"
 
 
@@ -51,17 +51,22 @@ class Engine:
         """Return the memory of the engine: weights that are mapped from their file and were used, cache, the program."""
         return self.supervisor.memory_bytes()
 
-    def cpu_seconds(self, prompts: Sequence[Sequence[int]], tokens: int) -> float:
-        """Return the processor time of one written token when `prompts` are sent at once and each gets `tokens` of them.
+    def cpu_seconds_per_token(self, prompts: Sequence[Sequence[int]], tokens: int) -> float:
+        """Return the processor time that the engine spends on a written token, the prompts' own time included in it.
 
-        They are sent again until the time is many steps of the clock, which for a small model is one in a hundredth of a second.
+        The system counts the time of another process in steps, mostly of a hundredth of a second, so the prompts are sent again
+        until that are many.
+
+        Args:
+            prompts: token ids; all are sent at once.
+            tokens: that are written for each.
 
         Raises:
             EngineError: the engine has ended, or its processor time does not grow while it writes.
         """
         before, since, written, spent = self.supervisor.cpu_seconds(), time.monotonic(), 0, 0.0
         while spent < LEAST_CPU_SECONDS:
-            if written and not spent and time.monotonic() - since > STILL_SECONDS:
+            if not spent and time.monotonic() - since > STILL_SECONDS:
                 came = f"llama.cpp wrote {written} tokens in {STILL_SECONDS:.0f} s without any processor time"
                 raise EngineError(came, "a system that counts the time of child processes", "measure on another machine")
             self.ask_at_once(prompts, tokens)

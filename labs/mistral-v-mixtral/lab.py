@@ -85,7 +85,7 @@ with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
         for streams in STREAMS:
             for name, engine in engines.items():
                 prompts = [[draw.randrange(300, 2000) for _ in range(8)] for _ in range(streams)]
-                costs[name][streams].append(engine.cpu_seconds(prompts, WRITTEN))
+                costs[name][streams].append(engine.cpu_seconds_per_token(prompts, WRITTEN))
 
 # %%
 least = {name: {n: min(seconds) for n, seconds in by.items()} for name, by in costs.items()}

@@ -85,11 +85,11 @@ def test_bad_input_is_told(place: Path, tmp_path: Path) -> None:
 
 def test_articles_are_split_and_samples_repeat(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LLMLAB_DATA", str(place / "data"))
-    rows, asked = xquad.train_rows(), xquad.test_questions(None)
+    rows, asked = xquad.train_rows(), xquad.held_out_questions(None)
     assert len(rows) == 72
     assert [row.reply for row in rows[:2]] == ["red", "0"]
     assert len(asked) == 8
-    assert xquad.test_questions(5) == xquad.test_questions(5)
+    assert xquad.held_out_questions(5) == xquad.held_out_questions(5)
     assert not {q.id for q in asked} & {row.origin.split(":")[1] for row in rows}
     monkeypatch.setenv("LLMLAB_DATA", "/nowhere")
     with pytest.raises(DataError, match="absent"):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -39,13 +37,12 @@ def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> l
 
 @pytest.mark.parametrize("engine", [0.01], indirect=True)
 def test_requests_shorter_than_a_step_of_the_clock_are_measured(engine: llamacpp.Engine) -> None:
-    assert engine.cpu_seconds([[1, 2]], 16) == pytest.approx(REQUEST_SECONDS / 16, rel=0.03)
-    assert engine.cpu_seconds([[1, 2]] * 8, 16) == pytest.approx(REQUEST_SECONDS / 16, rel=0.03)
+    assert engine.cpu_seconds_per_token([[1, 2]], 16) == pytest.approx(REQUEST_SECONDS / 16, rel=0.03)
+    assert engine.cpu_seconds_per_token([[1, 2]] * 8, 16) == pytest.approx(REQUEST_SECONDS / 16, rel=0.03)
 
 
 @pytest.mark.parametrize("engine", [1e9], indirect=True)
 def test_a_clock_that_stands_still_ends_the_measurement(engine: llamacpp.Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    seconds: Iterator[int] = itertools.count()
-    monkeypatch.setattr("labs.frame.llamacpp.time.monotonic", lambda: float(next(seconds)))
+    monkeypatch.setattr(llamacpp, "STILL_SECONDS", 0.05)
     with pytest.raises(EngineError, match="without any processor time"):
-        engine.cpu_seconds([[1, 2]], 16)
+        engine.cpu_seconds_per_token([[1, 2]], 16)
