@@ -8,7 +8,9 @@ It knows forms (pipelines.private_forms), not meanings: a name or a street is no
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
+from functools import cache
 
 from pipelines.private_forms import KINDS, Found, Group, Kind
 
@@ -51,3 +53,10 @@ def in_place_of(kind: str) -> str:
 def kinds_of(group: Group) -> tuple[Kind, ...]:
     """Return the kinds of a group."""
     return tuple(kind for kind in KINDS if kind.group == group)
+
+
+@cache
+def begins_of(group: Group) -> re.Pattern[str]:
+    """Return a pattern of the places where something of a group may begin, also if the text ends there."""
+    firsts = [kind.first for kind in kinds_of(group)]
+    return re.compile("|".join(f"(?{'a' if first.flags & re.ASCII else ''}:{first.pattern})" for first in firsts))

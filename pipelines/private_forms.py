@@ -35,9 +35,8 @@ class Kind:
     Attributes:
         pattern: what it looks like.
         letters: all characters that a match may have; with those above 127 that are letters or digits if `wide`.
-        openers: texts, one of which begins each match; empty where `first` says how a match begins.
-        first: matches where a match may begin, also if the text ends there.
         longest: characters of a match, and of what is looked at behind it, at most.
+        first: matches where a match may begin, also if the text ends there.
         needs: a character that each match has, which tells fast that there is none; or empty.
         accept: returns how many characters of a match are the thing itself, 0 for none.
     """
@@ -47,8 +46,7 @@ class Kind:
     pattern: re.Pattern[str]
     letters: frozenset[str]
     longest: int
-    openers: tuple[str, ...] = ()
-    first: re.Pattern[str] | None = None
+    first: re.Pattern[str]
     needs: str = ""
     accept: Callable[[str], int] = len
     wide: bool = False
@@ -70,24 +68,12 @@ class Kind:
             begin = next((at for at in range(len(text), limit, -1) if not self._may_hold(text[at - 1])), limit)
         else:
             begin = max(limit, len(text.rstrip(self._stripped)))
-        if self.first:
-            match = self.first.search(text, begin)
-            return match.start() if match else len(text)
-        return next((at for at in range(begin, len(text)) if text[at] in self._begins and self._opens(text, at)), len(text))
+        match = self.first.search(text, begin)
+        return match.start() if match else len(text)
 
     @cached_property
     def _stripped(self) -> str:
         return "".join(self.letters)
-
-    @cached_property
-    def _begins(self) -> frozenset[str]:
-        return frozenset(opener[0] for opener in self.openers)
-
-    def _opens(self, text: str, at: int) -> bool:
-        """Return True if an opener stands here, or as much of it as the text has left, and no word goes on here."""
-        if at and text[at].isalnum() and (text[at - 1] in _ALNUM or text[at - 1] == "_"):
-            return False
-        return any(text.startswith(opener[: len(text) - at], at) for opener in self.openers)
 
     def _may_hold(self, character: str) -> bool:
         return character in self.letters or (character > "\x7f" and character.isalnum())
@@ -153,6 +139,20 @@ def _alone(openers: Sequence[str]) -> str:
     return "(?:" + "|".join(f"{o[0]}(?<![A-Za-z0-9_]{o[0]}){re.escape(o[1:])}" for o in openers) + ")"
 
 
+def _begun(openers: Sequence[str]) -> re.Pattern[str]:
+    """Return a pattern of where one of some texts stands, or as much of it as the text has left, and no word goes on there."""
+    alone = {first: f"(?<![A-Za-z0-9_]{first})" if first.isalnum() else "" for first in dict.fromkeys(o[0] for o in openers)}
+    return re.compile("|".join(first + alone[first] + _goes_on([o[1:] for o in openers if o[0] == first]) for first in alone))
+
+
+def _goes_on(rests: Sequence[str]) -> str:
+    """Return a pattern of some texts, each as far as there is text, that tries those with a common beginning together."""
+    if "" in rests:
+        return ""
+    following = {first: [rest[1:] for rest in rests if rest[0] == first] for first in dict.fromkeys(rest[0] for rest in rests)}
+    return r"(?:\Z|" + "|".join(re.escape(first) + _goes_on(rest) for first, rest in following.items()) + ")"
+
+
 _KEY_FORMS = "|".join(f"{o[0]}(?<![A-Za-z0-9_]{o[0]}){re.escape(o[1:])}{rest}" for os, rest in _API_KEYS.items() for o in os)
 _AWS_NAMES = ("aws_secret_access_key", "AWS_SECRET_ACCESS_KEY", "secretAccessKey", "SecretAccessKey")
 _BLOCKS = tuple(f"-----BEGIN {what}PRIVATE KEY-----" for what in ("", "RSA ", "EC ", "DSA ", "OPENSSH ", "ENCRYPTED "))
@@ -179,11 +179,11 @@ _CARD = r"[0-9](?<![0-9].)[0-9]{3}(?:(?:[ -][0-9]{4}){2}[ -][0-9]{1,7}|[ -][0-9]
 _SSN = r"[0-9](?<![\w-].)(?<!9)[0-9]{2}(?<!000)(?<!666)-(?!00)[0-9]{2}-(?!0000)[0-9]{4}(?![\w-])"
 
 KINDS = (
-    Kind("private key", "secrets", re.compile(_BLOCK), _ALNUM | frozenset("+/=\\:,. -\n\r\t"), 17000, _BLOCKS),
-    Kind("JWT", "secrets", re.compile(_JWT), _ALNUM | frozenset("_-."), 8200, ("eyJ",)),
-    Kind("AWS secret key", "secrets", re.compile(_AWS), _ALNUM | frozenset("_/+=:\"' "), 80, _AWS_NAMES),
+    Kind("private key", "secrets", re.compile(_BLOCK), _ALNUM | frozenset("+/=\\:,. -\n\r\t"), 17000, _begun(_BLOCKS)),
+    Kind("JWT", "secrets", re.compile(_JWT), _ALNUM | frozenset("_-."), 8200, _begun(["eyJ"])),
+    Kind("AWS secret key", "secrets", re.compile(_AWS), _ALNUM | frozenset("_/+=:\"' "), 80, _begun(_AWS_NAMES)),
     Kind("API key", "secrets", re.compile(_KEY_FORMS), _ALNUM | frozenset("_-.:/"), 320,
-         tuple(opener for openers in _API_KEYS for opener in openers)),
+         _begun([opener for openers in _API_KEYS for opener in openers])),
     Kind("e-mail", "personal", re.compile(_MAIL), _ALNUM | frozenset("_.+-@"), 410,
          first=re.compile(r"(?<![\w.+-])[\w.+-]"), needs="@", wide=True),
     Kind("IBAN", "personal", re.compile(_IBAN), _UPPER | _DIGITS | {" "}, 70, first=re.compile(_IBAN_BEGUN), accept=_iban),

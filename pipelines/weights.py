@@ -65,18 +65,6 @@ def is_here(model: Model) -> bool:
     return on_disk(model) is not None or packaged_gguf(model) is not None
 
 
-def gguf_file(model: Model) -> Path:
-    """Return the base model as GGUF, for llama.cpp.
-
-    Raises:
-        WeightsMissing: no package ships one.
-    """
-    path = packaged_gguf(model)
-    if path is None:
-        raise WeightsMissing(f"no GGUF file of {model.name} is on this machine", "the package that ships it", "make setup")
-    return path
-
-
 def hf_directory(model: Model) -> Path:
     """Return the folder for `from_pretrained`, converting the packaged GGUF on first use.
 

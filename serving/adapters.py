@@ -174,7 +174,6 @@ class Adapters:
             LOG.warning(
                 "%d requests did not end in %g s after a change of adapters", before.requests, self.config.request_seconds
             )
-        await before.close()
         self._leaving = None
         try:
             await run_in_threadpool(self._free, before)

@@ -48,51 +48,55 @@ async def stream(
     upstream: Upstream, requests: Sequence[Mapping[str, Any]], n: int, path: str, shape: Shape
 ) -> AsyncIterator[dict[str, Any]]:
     """Yield the chunks of all replies as they come, and last one with `usage` and no choices; arguments as of `complete`."""
-    usages: list[Mapping[str, int]] = [{}] * len(requests)
+    meters = [Meter(request["model"], path) for request in requests]
+    one = len(requests) == 1
+    arriving = upstream.stream(requests[0], meters[0], path) if one else _merged(upstream, requests, meters, path)
     first: dict[str, Any] = {}
-    async with aclosing(_merged(upstream, requests, path)) as chunks:  # type: ignore[type-var]
-        async for index, chunk in chunks:
+    async with aclosing(arriving) as chunks:  # type: ignore[type-var]
+        async for chunk in chunks:
             first = first or {key: chunk[key] for key in ("id", "created", "object", "model") if key in chunk}
-            usages[index] = chunk.pop("usage", None) or usages[index]
+            chunk.pop("usage", None)
             if chunk.get("choices"):
-                yield chunk | first | {"choices": [shape(choice | {"index": index}) for choice in chunk["choices"]]}
-    yield first | {"choices": [], "usage": _sum(usages, n)}
+                chunk.update(first)
+                chunk["choices"] = [shape(choice) for choice in chunk["choices"]]
+                yield chunk
+    yield first | {"choices": [], "usage": _sum([meter.usage for meter in meters], n)}
 
 
 async def _merged(
-    upstream: Upstream, requests: Sequence[Mapping[str, Any]], path: str
-) -> AsyncIterator[tuple[int, dict[str, Any]]]:
-    """Yield the chunks of all requests with the number of the request; closed early, all of them are stopped."""
-    if len(requests) == 1:
-        async with aclosing(upstream.stream(requests[0], Meter(requests[0]["model"], path), path)) as chunks:  # type: ignore[type-var]
-            async for chunk in chunks:
-                yield 0, chunk
-        return
-    arrived: asyncio.Queue[tuple[int, dict[str, Any] | BaseException | None]] = asyncio.Queue(maxsize=len(requests))
-    tasks = [asyncio.ensure_future(_pump(upstream, each, path, index, arrived)) for index, each in enumerate(requests)]
+    upstream: Upstream, requests: Sequence[Mapping[str, Any]], meters: Sequence[Meter], path: str
+) -> AsyncIterator[dict[str, Any]]:
+    """Yield the chunks of all requests, each choice with the number of its request; closed early, all of them are stopped."""
+    arrived: asyncio.Queue[dict[str, Any] | BaseException | None] = asyncio.Queue(maxsize=len(requests))
+    tasks = [
+        asyncio.ensure_future(_pump(upstream.stream(request, meter, path), index, arrived))
+        for index, (request, meter) in enumerate(zip(requests, meters, strict=True))
+    ]
     try:
         running = len(tasks)
         while running:
-            index, what = await arrived.get()
+            what = await arrived.get()
             if isinstance(what, BaseException):
                 raise what
             if what is None:
                 running -= 1
             else:
-                yield index, what
+                yield what
     finally:
         await _end(tasks)
 
 
-async def _pump(upstream: Upstream, request: Mapping[str, Any], path: str, index: int, arrived: asyncio.Queue[Any]) -> None:
+async def _pump(chunks: AsyncIterator[dict[str, Any]], index: int, arrived: asyncio.Queue[Any]) -> None:
     try:
-        async with aclosing(upstream.stream(request, Meter(request["model"], path), path)) as chunks:  # type: ignore[type-var]
+        async with aclosing(chunks):  # type: ignore[type-var]
             async for chunk in chunks:
-                await arrived.put((index, chunk))
+                for choice in chunk.get("choices", ()):
+                    choice["index"] = index
+                await arrived.put(chunk)
     except Exception as error:  # to be raised where the chunks are read
-        await arrived.put((index, error))
+        await arrived.put(error)
     else:
-        await arrived.put((index, None))
+        await arrived.put(None)
 
 
 async def _end(tasks: Sequence[asyncio.Future[Any]]) -> None:

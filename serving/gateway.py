@@ -40,7 +40,7 @@ def create_app(service: Service, version: str) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        async with service.upstream, service.adapters:
+        async with service.adapters:
             if not service.crew:  # several would build one index
                 service.documents.start()
             yield

@@ -53,6 +53,8 @@ class WhilePresent:
 class EventStream(Response):
     """Server-sent events, sent as they come.
 
+    A task of their own sends them: each step of the request's task goes through all layers of the application.
+
     Args:
         events: each in the form in which it is sent; closed at the end, whatever ends it.
     """
@@ -67,13 +69,16 @@ class EventStream(Response):
         """Send the stream."""
         try:
             with WhilePresent(receive):
-                async with aclosing(self.events) as events:
-                    await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-                    async for event in events:
-                        await send({"type": "http.response.body", "body": event, "more_body": True})
-                await send({"type": "http.response.body", "body": b"", "more_body": False})
+                await asyncio.create_task(self._send(send))
         except ClientGone:
             return
+
+    async def _send(self, send: Send) -> None:
+        async with aclosing(self.events) as events:
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            async for event in events:
+                await send({"type": "http.response.body", "body": event, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 async def _disconnected(receive: Receive) -> None:

@@ -1,7 +1,5 @@
 """The engine, as requests see it: an OpenAI chat request in, one completion or a stream of chunks out.
 
-Connections are aiohttp's; httpx's own take about twice the time for each token.
-
 Every failure leaves here as one of the errors in `serving.problems`, and every generation is counted. A stream that is
 closed early closes the connection to the engine, which then stops generating. `switch` turns new requests to another engine
 or set of adapters; those under way end where they began.
@@ -13,8 +11,7 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager
-from functools import cached_property
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from http import HTTPStatus
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -38,6 +35,7 @@ from serving import record
 from serving.admission import estimated_tokens
 from serving.engines.abilities import Abilities
 from serving.engines.contract import Chat, Engine, Launch
+from serving.loopback import Answer, Lost, Silent, ask
 from serving.prices import UNKNOWN, Price
 from serving.problems import BadRequest, EngineDown, EngineSilent, from_engine
 from serving.supervisor import Supervisor
@@ -45,13 +43,14 @@ from serving.visit import VISIT
 
 if TYPE_CHECKING:
     import httpx
-    from aiohttp import ClientResponse, ClientSession
 
 CHAT_PATH = "/v1/chat/completions"
 TEXT_PATH = "/v1/completions"
 OPERATIONS = {CHAT_PATH: "chat", TEXT_PATH: "text_completion"}  # as OpenTelemetry calls them
 DONE = b"[DONE]"
-CONNECT_SECONDS = 5.0
+GAPS_AT_ONCE = (
+    32  # times between tokens that go into the metrics together: one by one they cost a tenth of all that a token costs here
+)
 HEALTH_SECONDS, METRICS_SECONDS = 2.0, 3.0  # Prometheus waits for 4
 
 T = TypeVar("T")
@@ -80,7 +79,7 @@ class Meter:
         self.visit = VISIT.get(None)
         self._record = record.current()
         self._newest = 0.0
-        self._between = GENERATION_ITL.labels(model=model)
+        self._gaps: list[float] = []
 
     def see(self, event: Mapping[str, Any]) -> None:
         """Take the first token's time and the token counts from a chunk."""
@@ -93,7 +92,9 @@ class Meter:
             self.first_token = now
             GENERATION_TTFT.labels(model=self.model).observe(now - self.began)
         else:
-            self._between.observe(now - self._newest)
+            self._gaps.append(now - self._newest)
+            if len(self._gaps) == GAPS_AT_ONCE:
+                self._tell_gaps()
         self._newest = now
 
     def count(self, event: Mapping[str, Any]) -> None:
@@ -103,7 +104,9 @@ class Meter:
                 key: int(event["usage"].get(key) or 0) for key in ("prompt_tokens", "completion_tokens", "total_tokens")
             }
             self.cached_tokens = int((event["usage"].get("prompt_tokens_details") or {}).get("cached_tokens") or 0)
-        self.finish_reasons += [choice["finish_reason"] for choice in event.get("choices", ()) if choice.get("finish_reason")]
+        for choice in event.get("choices", ()):
+            if reason := choice.get("finish_reason"):
+                self.finish_reasons.append(reason)
 
     async def __aenter__(self) -> Meter:
         """Start measuring."""
@@ -112,6 +115,7 @@ class Meter:
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         """Count the generation by how it ended."""
+        self._tell_gaps()
         outcome = _outcome(kind)
         GENERATION_REQUESTS.labels(model=self.model, outcome=outcome).inc()
         if self.usage or self.pieces or outcome == "cancelled":
@@ -122,6 +126,13 @@ class Meter:
             GENERATION_DURATION.labels(model=self.model).observe(time.perf_counter() - self.began)
         ttft = self.first_token - self.began if self.first_token else None
         self._record.end_generation(self.usage, self.finish_reasons, ttft, error)
+
+    def _tell_gaps(self) -> None:
+        """Put the times between tokens into the metrics."""
+        between = GENERATION_ITL.labels(model=self.model)
+        for gap in self._gaps:
+            between.observe(gap)
+        self._gaps.clear()
 
     def _count_tokens(self, usage: Mapping[str, int]) -> None:
         """Count what was read and written, and what that costs."""
@@ -137,7 +148,7 @@ class Meter:
 
 
 class Route:
-    """The way to one engine with one set of names: the connections to it, and how many requests are on it."""
+    """The way to one engine with one set of names, and how many requests are on it."""
 
     def __init__(self, launch: Launch, supervisor: Supervisor, silence_seconds: float) -> None:
         self.launch, self.supervisor, self.silence_seconds = launch, supervisor, silence_seconds
@@ -145,25 +156,17 @@ class Route:
         self._idle = asyncio.Event()
         self._idle.set()
 
-    @cached_property
-    def connections(self) -> ClientSession:
-        """Return a pool without bounds."""
-        from aiohttp import ClientSession, ClientTimeout
-
-        from serving.loopback import LoopbackConnector
-
-        timeout = ClientTimeout(total=None, sock_connect=CONNECT_SECONDS, sock_read=self.silence_seconds)
-        connector = LoopbackConnector(self.launch.host, self.launch.port)
-        return ClientSession(self.launch.url, connector=connector, timeout=timeout, trust_env=False)
-
     async def get(self, path: str, seconds: float) -> tuple[int, str]:
-        """Return status and text of a page of the engine; `aiohttp.ClientError` or `TimeoutError` if there is none in time."""
-        async with asyncio.timeout(seconds), self.connections.get(path) as reply:
-            return reply.status, await reply.text()
+        """Return status and text of a page of the engine; `Lost` or `TimeoutError` if there is none in time."""
+        async with asyncio.timeout(seconds), self.ask("GET", path) as answer:
+            return answer.status, (await answer.read()).decode()
 
-    async def close(self) -> None:
-        """Close the pool."""
-        await self.connections.close()
+    def ask(
+        self, method: str, path: str, body: bytes = b"", headers: Mapping[str, str] | None = None
+    ) -> AbstractAsyncContextManager[Answer]:
+        """Send a request to the engine; what is returned and raised is that of `serving.loopback.ask`."""
+        launch = self.launch
+        return ask(launch.host, launch.port, method, path, body, headers, silence_seconds=self.silence_seconds)
 
     def __enter__(self) -> Route:
         """Count a request in."""
@@ -183,7 +186,7 @@ class Route:
 
 
 class Upstream:
-    """Sends requests to the engine over one pool of connections; `async with` it while the gateway runs."""
+    """Sends requests to the engine."""
 
     def __init__(
         self, engine: Engine, launch: Launch, supervisor: Supervisor, silence_seconds: float, price: Price = UNKNOWN
@@ -202,16 +205,6 @@ class Upstream:
         """Return who keeps that engine running."""
         return self.route.supervisor
 
-    async def __aenter__(self) -> Upstream:
-        """Return this; the pool opens with the first request."""
-        import serving.loopback  # noqa: F401 - aiohttp takes a while, and the first request should not wait for it
-
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        """Close the pool."""
-        await self.route.close()
-
     def switch(self, launch: Launch, supervisor: Supervisor) -> Route:
         """Send new requests to another engine, or to the same one with other adapters; return the way of the earlier ones."""
         before, self.route = self.route, Route(launch, supervisor, self.silence_seconds)
@@ -225,23 +218,19 @@ class Upstream:
 
     async def healthy(self) -> bool:
         """Ask the engine itself whether it is well."""
-        from aiohttp import ClientError
-
         try:
             return (await self.route.get(self.engine.health_path, HEALTH_SECONDS))[0] == HTTPStatus.OK
-        except (ClientError, TimeoutError):
+        except (Lost, TimeoutError):
             return False
 
     async def metrics(self) -> str:
         """Return the engine's own metrics, empty if it has none; `EngineDown` if they cannot be had."""
-        from aiohttp import ClientError
-
         if not self.engine.metrics_path:
             return ""
         try:
             status, text = await self.route.get(self.engine.metrics_path, METRICS_SECONDS)
-        except (ClientError, TimeoutError) as error:
-            raise self._lost(self.route, f"({type(error).__name__})") from None
+        except (Lost, TimeoutError) as error:
+            raise self._lost(self.route, f"({error or type(error).__name__})") from None
         if status != HTTPStatus.OK:
             raise self._lost(self.route, f"(status {status})")
         return text
@@ -261,7 +250,7 @@ class Upstream:
         route = self.route
         meter.price, meter.prompt_estimate = self.price, estimated_tokens(body)
         async with meter, self._sent(asked, path) as reply:
-            async for data in _data(reply):
+            async for data in reply.events():
                 if data == DONE:
                     return
                 event = orjson.loads(data)
@@ -305,24 +294,22 @@ class Upstream:
             raise self._lost(route, f"({type(error).__name__})") from None
 
     @asynccontextmanager
-    async def _sent(self, body: Mapping[str, Any], path: str) -> AsyncIterator[ClientResponse]:
+    async def _sent(self, body: Mapping[str, Any], path: str) -> AsyncIterator[Answer]:
         """Send a request; the block gets an answer with status 200."""
-        from aiohttp import ClientError, SocketTimeoutError
-
         self.check_up()
         route = self.route
         content = _encode(self.engine.select(body, route.launch))
         try:
-            headers = {"Content-Type": "application/json", **record.current().asked(body)}
+            headers = record.current().asked(body)
             with route:
-                async with route.connections.post(path, data=content, headers=headers) as reply:
+                async with route.ask("POST", path, content, headers) as reply:
                     if reply.status != HTTPStatus.OK:
                         raise self._refusal(reply.status, _error_object(await reply.read()))
                     yield reply
-        except SocketTimeoutError:
+        except Silent:
             raise self._silent() from None
-        except ClientError as error:
-            raise self._lost(route, f"({type(error).__name__})") from None
+        except Lost as error:
+            raise self._lost(route, f"({error})") from None
 
     def _silent(self) -> EngineSilent:
         return EngineSilent(f"the engine was silent for {self.silence_seconds:g} s", "an answer",
@@ -342,19 +329,12 @@ def text_of(event: Mapping[str, Any]) -> str:
     return "".join(choice.get("delta", {}).get("content") or "" for choice in event.get("choices", ()))
 
 
-async def _data(reply: ClientResponse) -> AsyncIterator[bytes]:
-    """Yield what each event of a stream carries: the rest of every line that begins with `data:`, unless it is empty."""
-    rest = b""
-    async for piece in reply.content.iter_any():
-        *lines, rest = (rest + piece).split(b"\n")
-        for line in lines:
-            if line.startswith(b"data:") and (data := line[5:].strip()):
-                yield data
-
-
 def _has_token(event: Mapping[str, Any]) -> bool:
-    pieces = [choice.get("delta", choice) for choice in event.get("choices", ())]  # a text completion has no delta
-    return any(piece.get(key) for piece in pieces for key in ("content", "reasoning_content", "tool_calls", "text"))
+    for choice in event.get("choices", ()):
+        piece = choice.get("delta", choice)  # a text completion has no delta
+        if piece.get("content") or piece.get("text") or piece.get("reasoning_content") or piece.get("tool_calls"):
+            return True
+    return False
 
 
 def _outcome(kind: type[BaseException] | None) -> str:

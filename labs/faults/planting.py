@@ -43,9 +43,11 @@ OLD_NAME, NEW_NAME = "llmlab_generation_ttft_seconds", "llmlab_generation_first_
 @contextmanager
 def wrong_template(sandbox: Sandbox) -> Iterator[None]:
     """Serve the same weights from a package whose file has another chat template."""
-    from pipelines.weights import gguf_file
+    from pipelines.weights import packaged_gguf
 
-    whole = gguf_file(catalogue.runnable(MODEL))
+    whole = packaged_gguf(catalogue.runnable(MODEL))
+    if whole is None:
+        raise EngineError(f"no package ships {MODEL} as GGUF here", "the package that ships it", "make setup")
     package = sandbox.folder / "packages" / whole.parent.name
     package.mkdir(parents=True, exist_ok=True)
     (package / "__init__.py").touch()

@@ -1,4 +1,4 @@
-"""A GGUF file in 16 bits -> the same in fewer, block by block, with ggml's own routine from the llama.cpp wheel.
+"""A GGUF file -> the same in another quantisation, block by block, with ggml's own routine from the llama.cpp wheel.
 
 Projections take the type that was asked for; embeddings and output layer keep at least six bits, as llama.cpp's quantiser
 has it. What is not a matrix stays as it is, and so do the matrices that its quantiser leaves alone: norms of single heads, the
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
     import numpy as np
 
 F16 = "f16"
-FILE_TYPES = {"q8_0": "MOSTLY_Q8_0", "q6_k": "MOSTLY_Q6_K", "q5_k": "MOSTLY_Q5_K_S", "q5_1": "MOSTLY_Q5_1",
+FILE_TYPES = {F16: "MOSTLY_F16", "q8_0": "MOSTLY_Q8_0", "q6_k": "MOSTLY_Q6_K", "q5_k": "MOSTLY_Q5_K_S", "q5_1": "MOSTLY_Q5_1",
               "q5_0": "MOSTLY_Q5_0", "q4_k": "MOSTLY_Q4_K_S", "q4_1": "MOSTLY_Q4_1", "q4_0": "MOSTLY_Q4_0"}  # fmt: skip
 WITHOUT_K = {"Q6_K": "Q8_0", "Q5_K": "Q5_1", "Q4_K": "Q5_0"}  # llama.cpp's own choice for rows that 256 does not divide
 SIX_BITS = "Q6_K"
-AT_LEAST_SIX_BITS = ("Q8_0", SIX_BITS)
+AT_LEAST_SIX_BITS = ("F16", "Q8_0", SIX_BITS)
 KEPT_PRECISE = ("token_embd.weight", "output.weight")
 LEFT_ALONE = ("_norm.weight", "ffn_gate_inp.weight", "position_embd.weight")
 K_BLOCK = 256
@@ -35,7 +35,7 @@ Progress = Callable[[str, int, int], None]
 
 def choices() -> list[str]:
     """Return the names of all quantisations, the most precise first."""
-    return [F16, *FILE_TYPES]
+    return list(FILE_TYPES)
 
 
 def check(name: str) -> None:
@@ -45,12 +45,12 @@ def check(name: str) -> None:
 
 
 def quantise(source: Path, out: Path, name: str, progress: Progress) -> None:
-    """Write `source`, a GGUF file in 16 bits, as `out`.
+    """Write `source`, a GGUF file, as `out`.
 
     Args:
-        source: what is read.
+        source: what is read, usually in 16 bits; what was rounded to fewer stays as inexact as it is.
         out: what is written.
-        name: one of `choices`, but not f16.
+        name: one of `choices`.
         progress: is told (stage, tensors done, tensors).
     """
     import gguf
@@ -65,7 +65,7 @@ def quantise(source: Path, out: Path, name: str, progress: Progress) -> None:
         writer.add_key_value(field.name, field.contents(), field.types[0], sub_type=field.types[-1] if array else None)
     writer.add_file_type(gguf.LlamaFileType[FILE_TYPES[name]])
     for done, tensor in enumerate(reader.tensors, 1):
-        kind = type_of(tensor.name, tensor.data.shape, name)
+        kind = type_of(tensor.name, tuple(map(int, reversed(tensor.shape))), name)
         if kind is None:
             writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
         else:

@@ -64,11 +64,11 @@ class LlamaCpp:
     )
     schema_words: Words | None = SCHEMA_WORDS
 
-    def base_path(self, model: Model, pull: bool, say: Any) -> Path:  # noqa: ARG002 - only a package ships GGUF
+    def base_path(self, model: Model, pull: bool, say: Any) -> Path:
         """Return the base as one GGUF file."""
-        from pipelines.weights import gguf_file
+        from pipelines.export.base import base_gguf
 
-        return gguf_file(model)
+        return base_gguf(model, pull=pull, say=say)
 
     def command(self, launch: Launch) -> list[str]:
         """Return the command that runs `main` below."""

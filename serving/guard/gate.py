@@ -18,10 +18,10 @@ from pipelines.private_forms import Group
 from serving.guard.bounds import LengthWindow, RepetitionWindow
 from serving.guard.contract import Action, Screen, Stage, Told, Window
 from serving.guard.orders import OrderScreen
-from serving.guard.private import PrivateReport, PrivateScreen, PrivateWindow
-from serving.guard.reply import Reply
+from serving.guard.private import PrivateScreen, PrivateWindow
+from serving.guard.reply import AtEnd, Reply
 from serving.problems import ContentFiltered
-from serving.settings import GuardAction, GuardConfig
+from serving.settings import GuardConfig
 
 if TYPE_CHECKING:
     from pipelines.rag.index import Hit
@@ -116,15 +116,13 @@ class Gate:
         """Return new windows for one text, in the order in which it goes through them."""
         length, repetition = self._config.length, self._config.repetition
         windows: list[Window] = []
+        private = ((group, getattr(self._config, group).output) for group in GROUPS)
         if length.output != "off":
             windows.append(LengthWindow(length.output, length.max_chars))
         if repetition.output != "off":
             windows.append(RepetitionWindow(repetition.output, repetition.words, repetition.times))
-        for group in GROUPS:
-            action: GuardAction = getattr(self._config, group).output
-            if action != "off":
-                windows.append(PrivateReport(group) if action == "report" else PrivateWindow(group, action))
-        return windows
+        windows += [PrivateWindow(group, action) for group, action in private if action != "off"]
+        return [AtEnd(window) if window.action == "report" else window for window in windows]
 
 
 def _on(screens: Any) -> Screens:

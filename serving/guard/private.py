@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pipelines.private import in_place_of, kinds_of, redacted, spans
+from pipelines.private import begins_of, in_place_of, kinds_of, redacted, spans
 from pipelines.private_forms import Group
 from serving.guard.contract import Action
 
@@ -26,28 +26,6 @@ class PrivateScreen:
         return redacted(text, self._kinds)[0]
 
 
-class PrivateReport:
-    """Counts private data in a reply when it is at its end; nothing is held up."""
-
-    action: Action = "report"
-    held = stopped = False
-    finish_reason = "stop"
-
-    def __init__(self, name: Group) -> None:
-        self.name, self.found, self._pieces, self._screen = name, list[str](), list[str](), PrivateScreen(name)
-
-    def feed(self, piece: str) -> str:
-        """Let the piece out."""
-        self._pieces.append(piece)
-        return piece
-
-    def end(self) -> str:
-        """Look at all of it."""
-        self.found += self._screen.find("".join(self._pieces))
-        self._pieces.clear()
-        return ""
-
-
 class PrivateWindow:
     """Replaces private data in a reply, or stops the reply at it, however the reply is cut into pieces.
 
@@ -58,7 +36,7 @@ class PrivateWindow:
 
     def __init__(self, name: Group, action: Action) -> None:
         self.name, self.action, self.found, self.stopped = name, action, list[str](), False
-        self._kinds = kinds_of(name)
+        self._kinds, self._begins = kinds_of(name), begins_of(name)
         self._text, self._at = "", 0  # all before `_at` is out
 
     @property
@@ -69,6 +47,8 @@ class PrivateWindow:
     def feed(self, piece: str) -> str:
         """Return what can no longer become part of a match, in its final form."""
         self._text += piece
+        if not self._begins.search(self._text, self._at):
+            return self._let_out(len(self._text))
         return self._out(min(kind.open_from(self._text) for kind in self._kinds))
 
     def end(self) -> str:
@@ -86,8 +66,11 @@ class PrivateWindow:
                 self.stopped, self._text, self._at = True, "", 0
                 return "".join(pieces)
             pieces.append(in_place_of(found.kind))
-        until = max(until, self._at)
-        pieces.append(self._text[self._at : until])
-        kept = max(0, until - LOOK_BACK)
-        self._text, self._at = self._text[kept:], until - kept
+        pieces.append(self._let_out(max(until, self._at)))
         return "".join(pieces)
+
+    def _let_out(self, until: int) -> str:
+        """Return the text before `until` that is not out, and keep what is looked back at."""
+        out, kept = self._text[self._at : until], max(0, until - LOOK_BACK)
+        self._text, self._at = self._text[kept:], until - kept
+        return out

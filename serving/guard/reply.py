@@ -6,7 +6,7 @@ Log-probabilities name the tokens of a text, so they wait as long as it does, an
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -14,7 +14,33 @@ from serving.guard.contract import Told, Window
 
 Windows = Callable[[], list[Window]]
 Key = tuple[str, int]  # the field of a text, and the number of the tool call it belongs to
-FIELDS = ("content", "reasoning_content", "reasoning", "refusal")
+FIELDS = frozenset({"content", "reasoning_content", "reasoning", "refusal"})
+
+
+class AtEnd:
+    """Lets a text out as it comes, and shows it to a window that only reports when it is at its end.
+
+    Args:
+        window: its texts go nowhere, what it found is told.
+    """
+
+    held = stopped = False
+
+    def __init__(self, window: Window) -> None:
+        self.name, self.action, self.finish_reason, self.found = window.name, window.action, window.finish_reason, window.found
+        self._window, self._pieces = window, list[str]()
+
+    def feed(self, piece: str) -> str:
+        """Let the piece out."""
+        self._pieces.append(piece)
+        return piece
+
+    def end(self) -> str:
+        """Look at all of it."""
+        self._window.feed("".join(self._pieces))
+        self._window.end()
+        self._pieces.clear()
+        return ""
 
 
 class Chain:
@@ -67,7 +93,7 @@ class Choice:
 
     def feed(self, choice: dict[str, Any], part: str) -> None:
         """Replace the texts of a choice; `part` names where they are: delta or message."""
-        for key, holder in _texts(choice, part):
+        for key, holder in _texts(choice, choice.get(part) or {}):
             chain = self._chains.get(key) or self._chains.setdefault(key, Chain(self._windows()))
             holder[key[0]] = chain.feed(holder[key[0]])
             if chain.stopped:
@@ -118,47 +144,48 @@ class Reply:
         self._told, self._asked = told, choices
         self._new = partial(Choice, windows, told)
         self._choices: dict[int, Choice] = {}
+        self._ended = 0
 
     @property
     def over(self) -> bool:
         """Return True if all choices are at their end and the engine may still be writing one of them."""
-        ended = [choice for choice in self._choices.values() if choice.ended]
-        return len(ended) == self._asked and any(choice.finish_reason for choice in ended)
+        return self._ended == self._asked and any(choice.finish_reason for choice in self._choices.values())
 
     def whole(self, completion: dict[str, Any]) -> dict[str, Any]:
         """Return a completion as it may go out."""
         for choice in completion.get("choices", ()):
-            self._pass(choice, "message", at_end=True)
+            self._pass(self._begun(choice), choice, "message", at_end=True)
         return self._marked(completion)
 
     def event(self, event: dict[str, Any]) -> dict[str, Any] | None:
         """Return a chunk of a stream as it may go out, None if all of it waits."""
-        began = time.perf_counter()
-        choices = [choice for choice in event.get("choices", ()) if not self._of(choice).ended]
-        for choice in choices:
-            self._pass(choice, "delta", at_end=bool(choice.get("finish_reason")))
-        event["choices"] = [choice for choice in choices if _says_something(choice)]
+        began, out = time.perf_counter(), []
+        for choice in event.get("choices", ()):
+            state = self._choices.get(choice.get("index", 0)) or self._begun(choice)
+            if not state.ended:
+                self._pass(state, choice, "delta", at_end=bool(choice.get("finish_reason")))
+                if _says_something(choice):
+                    out.append(choice)
+        event["choices"] = out
         self.seconds += time.perf_counter() - began
-        if not event["choices"] and not event.get("usage"):
+        if not out and not event.get("usage"):
             return None
-        ended = sum(choice.ended for choice in self._choices.values()) == self._asked
-        return self._marked(event) if ended and event["choices"] else event
+        return self._marked(event) if self._ended == self._asked and out else event
 
     def close(self) -> None:
         """Count what was found in a reply that did not come to its end."""
         for choice in self._choices.values():
             choice.close()
 
-    def _of(self, choice: Mapping[str, Any]) -> Choice:
-        index = choice.get("index", 0)
-        if index not in self._choices:
-            self._choices[index] = self._new()
-        return self._choices[index]
+    def _begun(self, choice: Mapping[str, Any]) -> Choice:
+        """Return the state of a choice that comes for the first time."""
+        state = self._choices[choice.get("index", 0)] = self._new()
+        return state
 
-    def _pass(self, choice: dict[str, Any], part: str, *, at_end: bool) -> None:
-        state = self._of(choice)
+    def _pass(self, state: Choice, choice: dict[str, Any], part: str, *, at_end: bool) -> None:
         state.feed(choice, part)
         if at_end or state.finish_reason:
+            self._ended += not state.ended
             state.end(choice, part)
         if "logprobs" in choice or state.ended:
             choice["logprobs"] = state.logprobs()
@@ -174,13 +201,16 @@ def _ended(windows: list[Window], piece: str) -> str:
     return piece
 
 
-def _texts(choice: dict[str, Any], part: str) -> Iterator[tuple[Key, dict[str, Any]]]:
-    """Yield the texts of a choice: their key, and the object that holds them in the field of that name."""
-    inner = choice.get(part) or {}
-    places = [(("text", 0), choice), *(((field, 0), inner) for field in FIELDS)]
+def _texts(choice: dict[str, Any], inner: dict[str, Any]) -> list[tuple[Key, dict[str, Any]]]:
+    """Return the texts of a choice and of its message or delta: their key, and the object with the field of that name."""
+    found = [((field, 0), inner) for field in inner if field in FIELDS and isinstance(inner[field], str)]
+    if isinstance(choice.get("text"), str):
+        found.append((("text", 0), choice))
     for number, call in enumerate(inner.get("tool_calls") or ()):
-        places.append((("arguments", call.get("index", number)), call.get("function") or {}))
-    return ((key, holder) for key, holder in places if isinstance(holder.get(key[0]), str))
+        function = call.get("function") or {}
+        if isinstance(function.get("arguments"), str):
+            found.append((("arguments", call.get("index", number)), function))
+    return found
 
 
 def _holder(choice: dict[str, Any], part: str, field: str, number: int) -> dict[str, Any]:
@@ -200,6 +230,10 @@ def _holder(choice: dict[str, Any], part: str, field: str, number: int) -> dict[
 
 def _says_something(choice: Mapping[str, Any]) -> bool:
     """Return True unless a chunk's choice is left with empty texts only."""
+    if choice.get("finish_reason") or choice.get("text") or choice.get("logprobs"):
+        return True
     delta = choice.get("delta") or {}
-    texts = [choice.get("text"), *(delta.get(field) for field in FIELDS)]
-    return bool(choice.get("finish_reason") or choice.get("logprobs") or any(texts) or set(delta) - set(FIELDS))
+    for field in delta:
+        if delta[field] or field not in FIELDS:
+            return True
+    return False

@@ -16,8 +16,8 @@ from pipelines.private import kinds_of, redacted
 from serving.guard.bounds import LengthWindow, RepetitionWindow
 from serving.guard.contract import Told, Window
 from serving.guard.gate import Gate
-from serving.guard.private import PrivateReport, PrivateWindow
-from serving.guard.reply import Reply
+from serving.guard.private import PrivateWindow
+from serving.guard.reply import AtEnd, Reply
 from serving.launch import Running
 from tests.pipelines.test_private import FREE, HELD
 from tests.serving.conftest import MODEL, metric, serve_config, server_sent_events
@@ -57,7 +57,7 @@ def test_a_stream_is_redacted_as_the_whole_text(text: str, sizes: list[int], gro
     blocking = PrivateWindow(group, "block")
     until = redacted(text, kinds_of(group))[0].split(f"[{kinds[0]} redacted]")[0] if kinds else text
     assert through(blocking, in_pieces(text, sizes)) == until and blocking.stopped == bool(kinds)
-    report = PrivateReport(group)
+    report = AtEnd(PrivateWindow(group, "report"))
     assert through(report, in_pieces(text, sizes)) == text and report.found == kinds
 
 

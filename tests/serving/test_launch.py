@@ -190,7 +190,7 @@ def test_unknown_names(tmp_path: Path) -> None:
 def test_a_broken_base_shows_the_engines_words(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     broken = tmp_path / "broken.gguf"
     broken.write_bytes(b"GGUF but not really")
-    monkeypatch.setattr("pipelines.weights.gguf_file", lambda _: broken)
+    monkeypatch.setattr("pipelines.export.base.base_gguf", lambda *_, **__: broken)
     monkeypatch.setattr(launch, "WORK", tmp_path)
     with pytest.raises(EngineError, match="failed to load model"):
         start("none", runs=tmp_path)

@@ -13,7 +13,7 @@ from pipelines.export import job
 from pipelines.export.convert import CONVERTER
 from pipelines.export.divergence import compare, reason
 from pipelines.export.modelfile import go_template
-from pipelines.export.quantise import FILE_TYPES, blocks, choices, type_of
+from pipelines.export.quantise import blocks, choices, type_of
 from pipelines.runs import Run
 from pipelines.tune.finetune import Job, finetune
 from tests.conftest import MODEL, Quiet
@@ -149,7 +149,7 @@ def test_the_help_names_every_quantisation() -> None:
     assert all(name in shown for name in choices())
 
 
-@pytest.mark.parametrize("kind", ["Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0", "Q6_K", "Q5_K", "Q4_K"])
+@pytest.mark.parametrize("kind", ["F16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0", "Q6_K", "Q5_K", "Q4_K"])
 def test_blocks_are_those_of_the_gguf_package(kind: str) -> None:
     """The package quantises the types in blocks of 32 itself, and reads all of them."""
     import gguf
@@ -161,8 +161,8 @@ def test_blocks_are_those_of_the_gguf_package(kind: str) -> None:
     back = gguf.quants.dequantize(made, number)
     bits = int(kind[1])
     assert np.abs(back - rows).mean() < 1.6 * np.abs(rows).max() / 2**bits
-    if kind in ("Q8_0", "Q4_1", "Q5_1"):  # of the others llama.cpp rounds ties another way
-        assert (made == gguf.quants.quantize(rows, number)).mean() > 0.999
+    if kind in ("F16", "Q8_0", "Q4_1", "Q5_1"):  # of the others llama.cpp rounds ties another way
+        assert (made == gguf.quants.quantize(rows, number).view(np.uint8)).mean() > 0.999
 
 
 def test_rows_that_256_does_not_divide_take_blocks_of_32() -> None:
@@ -171,7 +171,6 @@ def test_rows_that_256_does_not_divide_take_blocks_of_32() -> None:
     assert type_of("token_embd.weight", (49152, 576), "q4_0") == "Q8_0"
     assert type_of("token_embd.weight", (49152, 512), "q4_0") == "Q6_K"
     assert type_of("blk.0.attn_norm.weight", (576,), "q4_0") is None
-    assert set(choices()) == {"f16", *FILE_TYPES}
 
 
 @pytest.mark.parametrize("tensor", ["blk.0.attn_q_norm.weight", "blk.0.ffn_gate_inp.weight", "position_embd.weight"])
