@@ -34,6 +34,7 @@ AT_ONCE = ("LlmlabEngineDown", "LlmlabIndexStale")  # whose expression holds at 
 LIVE = ("poisoned-document", "stale-index", "renamed-metric", "wrong-embedder", "dead-engine")
 TRAINED = "end-of-turn-never-supervised"  # for minutes
 DEPLOYED = ("wrong-chat-template", "unbounded-queue", TRAINED)
+SELDOM = (TRAINED, "renamed-metric")  # in make test-bench; the others in every long check
 
 
 def test_the_table_is_whole() -> None:
@@ -137,7 +138,7 @@ def keep(fault: Fault, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, folder
 @pytest.mark.timeout(900)  # the first one starts the stack, and one trains; on a machine that others use too
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=pytest.mark.campaign if name == TRAINED else pytest.mark.slow) for name in (*LIVE, *DEPLOYED)],
+    [pytest.param(name, marks=pytest.mark.campaign if name in SELDOM else pytest.mark.slow) for name in (*LIVE, *DEPLOYED)],
 )
 def test_a_fault_shows_on_its_panel_and_only_then(
     name: str, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, tmp_path: Path

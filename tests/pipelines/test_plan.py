@@ -94,7 +94,7 @@ def test_the_run_keeps_what_was_planned_and_measured(tuned_run: Run) -> None:
     assert kept["memory_bytes"]["planned"] > 1.5 * GB and kept["seconds"]["planned"] > 0
 
 
-SAMPLE = ("lora", "qlora", "full")  # of the combinations, in every long check; the others in make test-bench
+SAMPLE = ("lora", "qlora")  # of the combinations, in every long check; the others in make test-bench
 COMBINATIONS = {
     "lora": ("lora",),
     "lora, rank 128": ("lora", "lora.rank=128"),
