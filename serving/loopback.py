@@ -1,9 +1,9 @@
 """HTTP to an engine on this machine: one request, and its answer piece by piece as it comes.
 
-What the gateway computes for a token is taken from an engine that has all cores, and finds the caches full of weights, so each
-step costs several times what it does in a loop. This does for a token only what it must; a client for all servers does more.
-Answers are read by httptools, as the gateway's server reads requests. Each request has a connection of its own, closed after it:
-llama.cpp closes one after a stream, and does not say so.
+What the gateway computes for a token is taken from an engine that has all cores, and between two tokens the caches are full of
+weights. So this does for a token only what it must, where a client for all servers does more. Answers are read by httptools, as
+the gateway's server reads requests. Each request has a connection of its own, closed after it: llama.cpp closes one after a
+stream, and does not say so.
 
     async with ask("127.0.0.1", 8081, "POST", "/v1/completions", body, silence_seconds=60.0) as answer:
         async for data in answer.events():
@@ -27,7 +27,7 @@ class Lost(Exception):
     """There is no connection, or it broke before the end of the answer."""
 
 
-class Silent(Exception):
+class Silent(Lost):
     """Nothing came for too long."""
 
 
@@ -79,8 +79,7 @@ class Answer(asyncio.Protocol):
     def __init__(self, loop: asyncio.AbstractEventLoop, silence_seconds: float) -> None:
         self.status = 0
         self._loop, self._parser = loop, HttpResponseParser(self)
-        self._came: list[bytes] = []
-        self._bytes = 0  # of them
+        self._came = bytearray()  # of the body, and not taken
         self._sized = self._whole = self._paused = False
         self._error: Exception | None = None
         self._silence_seconds = silence_seconds
@@ -107,15 +106,14 @@ class Answer(asyncio.Protocol):
 
     async def read(self) -> bytes:
         """Return the whole body."""
-        pieces: list[bytes] = []
-        while self._came or not self._whole:
-            if not self._came:
-                await self._more()
+        pieces = [self._taken()]
+        while not self._whole:
+            await self._more()
             pieces.append(self._taken())
         return b"".join(pieces)
 
     async def _more(self) -> None:
-        """Wait until something came that the caller may look for."""
+        """Wait until something came that the caller may look for; raises what no more comes for."""
         if self._error:
             raise self._error
         self._waiter, self._waits_since = self._loop.create_future(), self._loop.time()
@@ -126,9 +124,8 @@ class Answer(asyncio.Protocol):
 
     def _taken(self) -> bytes:
         """Return the part of the body that came and was not taken."""
-        taken = b"".join(self._came)
+        taken = bytes(self._came)
         self._came.clear()
-        self._bytes = 0
         if self._paused and not self._transport.is_closing():
             self._paused = False
             self._transport.resume_reading()
@@ -139,10 +136,9 @@ class Answer(asyncio.Protocol):
             self._waiter.set_result(None)
 
     def _fail(self, error: Exception) -> None:
-        """Let what waits, or will, know that no more comes."""
+        """Let the next wait, or the one that is on, know that no more comes."""
         self._error = self._error or error
-        if self._waiter and not self._waiter.done():
-            self._waiter.set_exception(self._error)
+        self._wake()
 
     def _look(self) -> None:
         """End a wait that is too long, or look again when this one would be; a timer for each piece would cost more."""
@@ -164,7 +160,7 @@ class Answer(asyncio.Protocol):
         except HttpParserError as error:
             self._fail(Lost(type(error).__name__))
             return
-        if self._bytes > MOST_BYTES and not self._paused:
+        if len(self._came) > MOST_BYTES and not self._paused:
             self._paused = True
             self._transport.pause_reading()
         self._wake()
@@ -189,8 +185,7 @@ class Answer(asyncio.Protocol):
 
     def on_body(self, body: bytes) -> None:
         """Take a part of the body."""
-        self._came.append(body)
-        self._bytes += len(body)
+        self._came += body
 
     def on_message_complete(self) -> None:
         """Know that the body is whole."""

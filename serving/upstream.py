@@ -230,7 +230,7 @@ class Upstream:
         try:
             status, text = await self.route.get(self.engine.metrics_path, METRICS_SECONDS)
         except (Lost, TimeoutError) as error:
-            raise self._lost(self.route, f"({error or type(error).__name__})") from None
+            raise self._lost(self.route, f"({str(error) or type(error).__name__})") from None
         if status != HTTPStatus.OK:
             raise self._lost(self.route, f"(status {status})")
         return text

@@ -116,11 +116,11 @@ class Gate:
         """Return new windows for one text, in the order in which it goes through them."""
         length, repetition = self._config.length, self._config.repetition
         windows: list[Window] = []
-        private = ((group, getattr(self._config, group).output) for group in GROUPS)
         if length.output != "off":
             windows.append(LengthWindow(length.output, length.max_chars))
         if repetition.output != "off":
             windows.append(RepetitionWindow(repetition.output, repetition.words, repetition.times))
+        private = ((group, getattr(self._config, group).output) for group in GROUPS)
         windows += [PrivateWindow(group, action) for group, action in private if action != "off"]
         return [AtEnd(window) if window.action == "report" else window for window in windows]
 

@@ -18,10 +18,10 @@ FIELDS = frozenset({"content", "reasoning_content", "reasoning", "refusal"})
 
 
 class AtEnd:
-    """Lets a text out as it comes, and shows it to a window that only reports when it is at its end.
+    """Lets a text out as it comes, and shows it to a window with the action "report" once it is at its end.
 
     Args:
-        window: its texts go nowhere, what it found is told.
+        window: what it lets out goes nowhere, what it found is told.
     """
 
     held = stopped = False
@@ -103,19 +103,20 @@ class Choice:
 
     def end(self, choice: dict[str, Any], part: str) -> None:
         """Add the texts that were held, and count what was found."""
-        self.close()
-        for (field, number), chain in self._chains.items():
-            if rest := chain.end():
-                holder = _holder(choice, part, field, number)
-                holder[field] = (holder.get(field) or "") + rest
+        for (field, number), rest in self.close().items():
+            holder = _holder(choice, part, field, number)
+            holder[field] = (holder.get(field) or "") + rest
         choice["finish_reason"] = self.finish_reason or choice.get("finish_reason")
 
-    def close(self) -> None:
-        """Count what was found, once."""
-        if not self.ended:
-            self.ended = True
-            for window in (window for chain in self._chains.values() for window in chain.windows):
-                self._told.decide(window.name, "output", window.action, window.found)
+    def close(self) -> dict[Key, str]:
+        """Look at the ends of all texts and count what was found, once; return what was held of each."""
+        if self.ended:
+            return {}
+        self.ended = True
+        rests = {key: rest for key, chain in self._chains.items() if (rest := chain.end())}
+        for window in (window for chain in self._chains.values() for window in chain.windows):
+            self._told.decide(window.name, "output", window.action, window.found)
+        return rests
 
     def logprobs(self) -> dict[str, Any] | None:
         """Return the log-probabilities of what went out."""

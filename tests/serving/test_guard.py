@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
+from collections.abc import AsyncIterator
 from typing import Any
 
 import httpx
@@ -12,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from monitoring.metrics import GUARD_DECISIONS
 from pipelines.private import kinds_of, redacted
 from serving.guard.bounds import LengthWindow, RepetitionWindow
 from serving.guard.contract import Told, Window
@@ -210,3 +213,40 @@ def test_guards_take_milliseconds() -> None:
         gate.question(text, Told())
         seconds.append(time.thread_time() - began)
     assert min(seconds) < 0.1
+
+
+LOOP = " over and over and over again my friend" * 9
+FOUND_LATE = [  # what is told of a reply when its last word is in: a guard's setting, the reply, the guard and its action
+    ("guard.secrets.output=redact", f"It is {KEY}", "secrets", "redact"),
+    ("guard.secrets.output=report", f"It is {KEY}", "secrets", "report"),
+    ("guard.repetition.output=report", LOOP, "repetition", "report"),
+    ("guard.length.max_chars=8", "longer than that", "length", "block"),
+]
+
+
+@pytest.mark.parametrize("way", ["whole", "stream", "broken off"])
+@pytest.mark.parametrize(("setting", "text", "guard", "action"), FOUND_LATE)
+def test_what_is_found_at_the_end_of_a_reply_is_counted_once(way: str, setting: str, text: str, guard: str, action: str) -> None:
+    counter = GUARD_DECISIONS.labels(guard=guard, stage="output", action=action)
+    before, told = counter._value.get(), Told()
+    gate = Gate(serve_config(setting).guard)
+    if way == "whole":
+        gate.completion({"choices": [{"index": 0, "message": {"content": text}, "finish_reason": "stop"}]}, told)
+    else:
+        pieces = [{"choices": [{"index": 0, "delta": {"content": piece}}]} for piece in in_pieces(text, [3])]
+        end = [{"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}] if way == "stream" else []
+        asyncio.run(passed(gate, [*pieces, *end], told))
+    assert counter._value.get() == before + 1
+    assert told.shown() == {
+        "redacted": {"API key": 1} if action == "redact" else {},
+        "blocked": guard if action == "block" else None,
+    }
+
+
+async def passed(gate: Gate, chunks: list[dict[str, Any]], told: Told) -> None:
+    async def arriving() -> AsyncIterator[dict[str, Any]]:
+        for chunk in chunks:
+            yield chunk
+
+    async for _ in gate.stream(arriving(), told):
+        pass

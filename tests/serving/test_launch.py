@@ -37,6 +37,7 @@ from tests.serving.conftest import (
     TUNED,
     descendants,
     environment,
+    fake_running,
     fake_service,
     gone,
     make_run,
@@ -118,6 +119,18 @@ def test_without_index_and_adapter_the_rest_works(tmp_path: Path) -> None:
         response = client.post("/v1/rag/query", json={"question": "Who made Vela?"})
         assert response.status_code == 503 and "make index" in response.json()["error"]["next"]
         assert client.get("/readyz").status_code == 200
+
+
+def test_an_engine_that_stands_still_is_told_from_one_that_is_gone(tmp_path: Path) -> None:
+    with fake_running(tmp_path) as server, httpx.Client(base_url=server.url, trust_env=False, timeout=30) as client:
+        engine = descendants(server.service.supervisor._process.pid)[0]
+        engine.suspend()
+        try:
+            response = client.get("/metrics/engine")
+            assert response.status_code == 503 and "TimeoutError" in response.json()["error"]["message"]
+            assert client.get("/readyz").status_code == 503
+        finally:
+            engine.resume()
 
 
 def test_an_engine_that_fails_within_a_request(tmp_path: Path) -> None:
