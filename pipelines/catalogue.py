@@ -74,7 +74,7 @@ class Tuning(Config):
 
 
 class Serving(Config):
-    """Which engines know the architecture, and the GGUF quantisation that an export makes by default."""
+    """Which engines know the architecture, and the GGUF quantisation that llama.cpp serves and an export makes."""
 
     engines: list[Literal["llamacpp", "vllm"]]
     quantisation: str

@@ -18,7 +18,7 @@ from serving.settings import ServeConfig
 
 GPU_RESERVE = 0.03  # of its memory, which vLLM's own start takes before it looks
 USUAL_CONTEXT, LEAST_CONTEXT, CONTEXT_STEP = 4096, 256, 256
-SLOTS_FOR_EACH_CPU, MOST_SLOTS, MEMORY_SHARE_OF_SLOTS = 2, 16, 0.5
+SLOTS_FOR_EACH_CPU, MOST_SLOTS, MEMORY_SHARE_OF_SLOTS = 4, 16, 0.5
 CACHE_SHARE_OF_GPU = 0.8  # of what weights leave; the rest is for what vLLM computes with
 
 

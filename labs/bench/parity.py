@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 from labs.bench.serve_contenders import VLLM, alone
 from pipelines import catalogue
 from pipelines.export.divergence import compare, golden_prompts, of_llamacpp, of_transformers
-from pipelines.export.quantise import F16, quantise
+from pipelines.export.quantise import F16, is_in, quantise
 from pipelines.hardware import vllm_is_installed
 
 if TYPE_CHECKING:
@@ -170,7 +170,7 @@ def _files(
     progress("converting", 1, 1)
     files = {}
     for name in names:
-        if packaged and packaged.stem.lower().endswith(name):
+        if packaged and is_in(packaged, name):
             files[name] = packaged
         else:
             files[name] = scratch / f"{name}.gguf"

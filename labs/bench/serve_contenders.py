@@ -5,7 +5,7 @@
     transformers_serve  the server that comes with transformers, in float32, as it is by default
     vllm                vLLM from `.venv-vllm`
 
-All read the same weights: what llama.cpp has in 4 bits the others have as safetensors that were made from it.
+llama.cpp has the weights in the catalogue's quantisation, the others in 32 bits; all were made from the same.
 """
 
 from __future__ import annotations

@@ -52,7 +52,8 @@ def wrong_template(sandbox: Sandbox) -> Iterator[None]:
     package.mkdir(parents=True, exist_ok=True)
     (package / "__init__.py").touch()
     _with_template(whole, package / whole.name, OTHER_TEMPLATE)
-    sandbox.deploy(environment={"PYTHONPATH": str(package.parent)})
+    made = sandbox.folder / "models"  # what is served is made of it, and is not to be found by anybody else
+    sandbox.deploy(environment={"PYTHONPATH": str(package.parent), "LLMLAB_MODELS": str(made)})
     yield
 
 

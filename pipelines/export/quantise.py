@@ -44,6 +44,11 @@ def check(name: str) -> None:
         raise UnknownName(f"there is no quantisation named {name!r}", f"one of {', '.join(choices())}", "llmlab export --help")
 
 
+def is_in(file: Path, name: str) -> bool:
+    """Tell whether a GGUF file says by its name that it is in a quantisation: `Model.Q4_1.gguf` is in q4_1."""
+    return file.stem.lower().endswith(name)
+
+
 def quantise(source: Path, out: Path, name: str, progress: Progress) -> None:
     """Write `source`, a GGUF file, as `out`.
 

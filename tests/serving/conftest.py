@@ -88,7 +88,7 @@ def make_run(root: Path, *, seed: int = 0, rehearsal: bool = False, lock: dict[s
         tuned = adapter.attach(base, Lora(rank=4, alpha=8.0, dropout=0.0), ["q_proj", "v_proj", "down_proj"], quantised=False)
     for name, parameter in tuned.named_parameters():
         if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.05)
+            torch.nn.init.normal_(parameter, std=0.2)
     with environment(LLMLAB_RUNS=str(root)), runs.draft("finetune", MODEL, {"seed": seed}, rehearsal=rehearsal) as draft:
         adapter.save(tuned, entry, draft.path / adapter.ADAPTER_FOLDER)
         adapter.to_gguf(draft.path / adapter.ADAPTER_FOLDER, base.config, draft.path / adapter.GGUF_FILE)
@@ -110,7 +110,7 @@ def sibling(run: Run, root: Path, *, seed: int = 7, rehearsal: bool = False, mod
         folder, weights = draft.path / adapter.ADAPTER_FOLDER, "adapter_model.safetensors"
         shutil.copytree(run.path / adapter.ADAPTER_FOLDER, folder)
         tensors = load_file(folder / weights)
-        drawn = {name: torch.randn_like(t) * 0.05 if "lora_B" in name else t for name, t in tensors.items()}
+        drawn = {name: torch.randn_like(t) * 0.2 if "lora_B" in name else t for name, t in tensors.items()}
         save_file(drawn, folder / weights, metadata={"format": "pt"})
         adapter.to_gguf(
             folder, AutoConfig.from_pretrained(hf_directory(catalogue.runnable(MODEL))), draft.path / adapter.GGUF_FILE

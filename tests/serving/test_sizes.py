@@ -19,7 +19,7 @@ def machine(cpus: int = 2, free_bytes: int = 16 * GIB, gpus: int = 0, gpu_free_b
     return Machine(cpus, (), 2**40, free_bytes, 0, (Gpu("a GPU", 24 * GIB, gpu_free_bytes, "580"),) * gpus)
 
 
-@pytest.mark.parametrize(("cpus", "free_bytes", "slots"), [(2, 2**34, 4), (64, 2**40, 16), (64, 2**30, 5)])
+@pytest.mark.parametrize(("cpus", "free_bytes", "slots"), [(2, 2**34, 8), (64, 2**40, 16), (64, 2**30, 5)])
 def test_slots_follow_cores_and_memory(cpus: int, free_bytes: int, slots: int) -> None:
     """A context of 4096 tokens: 30 layers, 3 heads of 64, keys and values in 2 bytes; half of the memory is for contexts."""
     assert 30 * 3 * 64 * 2 * 2 * 4096 * 5 < 2**30 / 2 < 30 * 3 * 64 * 2 * 2 * 4096 * 6

@@ -50,10 +50,19 @@ def unexpected(line: str) -> None:
     pytest.fail(line)
 
 
-def test_a_packaged_file_is_taken_as_it_is(models: Path) -> None:
+def test_a_packaged_file_in_the_quantisation_is_taken_as_it_is(models: Path) -> None:
     packaged = packaged_gguf(catalogue.runnable(MODEL))
-    assert packaged and base_gguf(model_in("q8_0"), pull=False, say=unexpected) == packaged
+    assert packaged and base_gguf(model_in("q4_1"), pull=False, say=unexpected) == packaged
     assert not models.exists()
+
+
+def test_of_a_packaged_file_in_another_one_it_is_made_once(models: Path, plain: Path) -> None:
+    said: list[str] = []
+    made = base_gguf(model_in("q8_0"), pull=False, say=said.append)
+    assert str(made) in said[0] and len(said) == 1 and made.parent == models / MODEL / base.FOLDER
+    assert base_gguf(model_in("q8_0"), pull=False, say=unexpected) == made
+    assert [path.name for path in made.parent.iterdir()] == [made.name], "nothing else is left"
+    assert compare(reference(plain), of_llamacpp(made, PROMPTS)).mean < 0.02
 
 
 @pytest.mark.slow
