@@ -7,8 +7,10 @@
     labs.bench.serve_mixed        many mixed requests with clients that leave, and what is left of them
 
 Here is what is measured in which order. The machine may be busy with other things, so contenders that are compared take
-turns, a few seconds each. No two requests are alike, so that no prompt cache helps, but where it is the cache that is measured,
-and where it is what the gateway adds to the first token: there the engine's own time should be short and steady.
+turns, a few seconds each; gateway and engine, which differ by little, do so once more with no other server on the machine,
+and it is the ratio of two turns side by side that counts. No two requests are alike, so that no prompt cache helps, but where
+it is the cache that is measured, and where it is what the gateway adds to the first token: there the engine's own time should
+be short and steady.
 """
 
 from __future__ import annotations
@@ -56,24 +58,30 @@ class Sizes:
     Attributes:
         window_seconds: of one turn of a contender.
         turns: of each contender for each number of streams.
+        side_by_side: pairs of turns, of engine and gateway, for each number of streams.
+        side_seconds: of one of those turns.
         pairs: requests to engine and gateway in turns, for the time to first token.
         documents: that are asked about, cold and warm.
         loads: multiples of the rated load.
         load_seconds: of one load.
         requests: mixed ones, some of whose clients leave.
+        extracts: questions that are answered in the words of the prompt, for speculation.
     """
 
     window_seconds: float
     turns: int
+    side_by_side: int
+    side_seconds: float
     pairs: int
     documents: int
     loads: tuple[float, ...]
     load_seconds: float
     requests: int
+    extracts: int
 
 
-QUICK = Sizes(4.0, 2, 40, 4, (RATED, OVERLOAD), 12.0, 200)
-FULL = Sizes(10.0, 4, 200, 8, (0.25, 0.5, RATED, 1.5, 2.0, OVERLOAD), 40.0, 10_000)
+QUICK = Sizes(4.0, 2, 3, 3.0, 40, 4, (RATED, OVERLOAD), 12.0, 200, 8)
+FULL = Sizes(10.0, 3, 12, 4.0, 200, 8, (0.25, 0.5, RATED, 1.5, 2.0, OVERLOAD), 40.0, 10_000, 30)
 
 
 def chosen(names: Sequence[str] | None) -> tuple[str, ...]:
@@ -107,22 +115,23 @@ def bench_serve(
     entry = catalogue.runnable(model)
     reasons = {name: missing(name, quick=quick) if name in names else "not asked for" for name in (TRANSFORMERS, VLLM)}
     left_out = {name: reason for name, reason in reasons.items() if reason}
-    with TemporaryDirectory() as folder, ExitStack() as stack:
+    with TemporaryDirectory() as folder:
         place = Path(folder)
         _index(place, progress)
-        served = stack.enter_context(gateway(model, place / "index", place / "gateway.log", ROOM_FOR_ALL))
-        targets = {ENGINE: served.engine, GATEWAY: served.gateway}
-        if TRANSFORMERS not in left_out:
-            targets[TRANSFORMERS] = stack.enter_context(transformers_serve(entry, place / "transformers.log"))
-        if VLLM not in left_out:
-            targets[VLLM] = stack.enter_context(vllm(entry, place / "vllm"))
-        say(f"{', '.join(targets)} are up")
-        document = asyncio.run(_compared(served, targets, sizes, progress))
-        stack.close()
+        with gateway(model, place / "index", place / "gateway.log", ROOM_FOR_ALL) as served:
+            targets = {ENGINE: served.engine, GATEWAY: served.gateway}
+            with ExitStack() as stack:
+                if TRANSFORMERS not in left_out:
+                    targets[TRANSFORMERS] = stack.enter_context(transformers_serve(entry, place / "transformers.log"))
+                if VLLM not in left_out:
+                    targets[VLLM] = stack.enter_context(vllm(entry, place / "vllm"))
+                say(f"{', '.join(targets)} are up")
+                document = asyncio.run(_compared(served, targets, sizes, progress))
+            document |= asyncio.run(ratio_to_engine(served, sizes, progress))
         with gateway(model, place / "index", place / "gateway.log") as bounded:
             document |= asyncio.run(_by_itself(bounded, sizes, progress))
     with TemporaryDirectory() as folder:
-        guessed = speculation(entry, sizes.documents, Path(folder), progress)
+        guessed = speculation(entry, sizes.extracts, Path(folder), progress)
     errors = document["mixed"]["server_errors"] + sum(of["server_errors"] for of in document["loads"].values())
     return {"model": model, "slots": served.slots, **document, "server_errors": errors, **guessed, "left_out": left_out}
 
@@ -132,13 +141,10 @@ async def _compared(served: Served, targets: Mapping[str, Target], sizes: Sizes,
     for target in targets.values():
         await _warm_up(target)
     by_streams = await throughput(targets, sizes, progress)
-    ratios = {streams: _ratio(by_streams[GATEWAY][streams], engine) for streams, engine in by_streams[ENGINE].items()}
-    known = [ratio for ratio in ratios.values() if ratio is not None]
     rag = await questions_again(served.gateway, sizes.documents, progress)
     peer = by_streams.get(TRANSFORMERS, {}).get("1")  # None: it took no part
     return {
         "tokens_per_second": by_streams,
-        "tokens_ratio_to_engine": _ratio(sum(known), len(known)), "tokens_ratio_to_engine_by_streams": ratios,
         "ratio_to_transformers_serve": _ratio(by_streams[GATEWAY]["1"], peer), **rag,
     }  # fmt: skip
 
@@ -165,14 +171,39 @@ async def throughput(targets: Mapping[str, Target], sizes: Sizes, progress: Prog
         tokens = dict.fromkeys(targets, 0)
         for turn in range(sizes.turns):
             for name in list(targets)[:: -1 if turn % 2 else 1]:
-                await _warm_up(targets[name])  # what the turn before left behind is done with
-                outcomes = await closed_loop(targets[name], partial(story, REPLY_TOKENS), streams, sizes.window_seconds)
-                tokens[name] += tokens_within(outcomes, sizes.window_seconds)
+                tokens[name] += await _turn(targets[name], streams, sizes.window_seconds)
                 done += 1
                 progress("tokens a second", done, total)
         for name, number in tokens.items():
             found[name][str(streams)] = number / (sizes.window_seconds * sizes.turns)
     return found
+
+
+async def ratio_to_engine(served: Served, sizes: Sizes, progress: Progress) -> dict[str, Any]:
+    """Return the share of the engine's tokens a second that the gateway keeps.
+
+    It is the median over pairs of turns side by side, in which the machine was much the same, with their quartiles, by number of
+    streams; and the mean of the medians.
+    """
+    import numpy as np
+
+    sides = [(GATEWAY, served.gateway), (ENGINE, served.engine)]
+    quartiles: dict[str, list[float]] = {}
+    for done, streams in enumerate(STREAMS):
+        ratios = []
+        for pair in range(sizes.side_by_side):
+            progress("gateway and engine side by side", done * sizes.side_by_side + pair, len(STREAMS) * sizes.side_by_side)
+            tokens = {}
+            for name, target in sides[:: -1 if pair % 2 else 1]:
+                tokens[name] = await _turn(target, streams, sizes.side_seconds)
+            ratios.append(tokens[GATEWAY] / max(1, tokens[ENGINE]))
+        quartiles[str(streams)] = np.percentile(ratios, (25, 50, 75)).tolist()
+    progress("gateway and engine side by side", 1, 1)
+    medians = {streams: of[1] for streams, of in quartiles.items()}
+    return {
+        "tokens_ratio_to_engine": sum(medians.values()) / len(medians), "tokens_ratio_to_engine_by_streams": medians,
+        "tokens_ratio_to_engine_quartiles": quartiles,
+    }  # fmt: skip
 
 
 async def first_tokens(served: Served, pairs: int, progress: Progress) -> dict[str, Any]:
@@ -293,6 +324,12 @@ def _index(folder: Path, progress: Progress) -> None:
 
 def _question(document: str, text: str) -> dict[str, Any]:
     return {"question": text.format(document), "where": f'source = "{document}.md"', "max_tokens": 4}
+
+
+async def _turn(target: Target, streams: int, seconds: float) -> int:
+    """Return how many tokens a server gives to so many streams, once it is done with what the turn before left behind."""
+    await _warm_up(target)
+    return tokens_within(await closed_loop(target, partial(story, REPLY_TOKENS), streams, seconds), seconds)
 
 
 async def _warm_up(target: Target) -> None:

@@ -1,7 +1,8 @@
 """What guessing tokens from the prompt brings to answers that repeat it: two llama.cpp engines, with it and without, in turns.
 
-The questions ask for a passage word for word, in the prompt that the reader has in service. Guesses should change the speed
-only, but several tokens at once are computed in another order than one by one, so the replies are compared too.
+The questions ask for a passage word for word, in the prompt that the reader has in service; it is the only one there, since a
+small model that is shown several writes sentences of its own. Guesses should change the speed only, but several tokens at once
+are computed in another order than one by one, so the replies are compared too.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from pipelines.rag.answer import messages
 
 REPLY_TOKENS = 64
 CONTEXT_TOKENS = 2048
-QUESTION = "Repeat the text of passage [{}] word for word."
+QUESTION = "Repeat the text of passage [1] word for word."
 
 Progress = Callable[[str, int, int], None]
 
@@ -37,7 +38,7 @@ def speculation(model: Model, prompts: int, work: Path, progress: Progress) -> d
     """Return `speculation_ratio`, how many times the tokens a second come with it, and the share of equal replies.
 
     Args:
-        model: whose packaged GGUF file is asked.
+        model: whose base llama.cpp serves.
         prompts: how many.
         work: for the engines' logs.
         progress: is told (stage, done, total).
@@ -62,8 +63,8 @@ async def _asked(targets: list[Target], prompts: int, progress: Progress) -> tup
     pages = _pages()
     async with client(targets[0]) as off, client(targets[1]) as on:
         for done in range(prompts):
-            passages = [pages[(3 * done + place) % len(pages)] for place in range(3)]
-            body = {"messages": messages(QUESTION.format(1 + done % 3), passages), "max_tokens": REPLY_TOKENS, "temperature": 0}
+            passages = [pages[done % len(pages)]]
+            body = {"messages": messages(QUESTION, passages), "max_tokens": REPLY_TOKENS, "temperature": 0}
             for http, target, kept in zip((off, on), targets, outcomes, strict=True):
                 kept.append(await send(http, target, body))
             progress("speculation", done + 1, prompts)

@@ -226,7 +226,7 @@ def test_a_contender_must_exist() -> None:
 
 @pytest.mark.slow
 def test_engine_and_gateway_are_measured(tmp_path: Path) -> None:
-    sizes = Sizes(1.5, 1, 3, 1, (RATED, OVERLOAD), 2.0, 16)
+    sizes = Sizes(1.5, 1, 1, 1.5, 3, 1, (RATED, OVERLOAD), 2.0, 16, 1)
     document = bench_serve(MODEL, sizes, ["gateway"], lambda *_: None, lambda _: None)
     assert set(document["tokens_per_second"]) == {"engine", "gateway"} and set(document["left_out"]) == {
         "transformers_serve",
