@@ -189,8 +189,8 @@ def serve(
         _show_load(document)
     else:
         usual = bench.QUICK if quick else bench.FULL
-        sizes = replace(usual, window_seconds=seconds or usual.window_seconds, load_seconds=seconds or usual.load_seconds,
-                        requests=requests or usual.requests)  # fmt: skip
+        sizes = replace(usual, window_seconds=seconds or usual.window_seconds, side_seconds=seconds or usual.side_seconds,
+                        load_seconds=seconds or usual.load_seconds, requests=requests or usual.requests)  # fmt: skip
         with CountScreen() as screen:
             document = bench.bench_serve(name, sizes, bench.chosen(contender), screen.update, say, quick=quick)
         _show_serving(document)
