@@ -118,6 +118,8 @@ def test_the_comparison_of_servers_shows_what_was_measured() -> None:
         assert f"| {SERVERS[name]} | {shown} |" in part, name
     assert found["tokens_ratio_to_engine"] >= 0.97 and f"{100 * found['tokens_ratio_to_engine']:.0f} % of the engine's" in part
     assert f"{found['ratio_to_transformers_serve']:.1f} times as fast as `transformers serve`" in part
+    ahead = found["tokens_per_second"]["vllm"]["32"] > found["tokens_per_second"]["gateway"]["32"]
+    assert ahead == ("vLLM is ahead at 32 streams" in " ".join(part.split()))
     assert found["ttft_added_seconds"] <= 0.005 and f"adds {1000 * found['ttft_added_seconds']:.0f} ms" in part
     assert found["warm_ttft_ratio"] <= 1 / 8 and f"after {100 * found['warm_ttft_ratio']:.0f} % of" in part
     assert found["overload_p99_ratio"] <= 1.5 and f"is {found['overload_p99_ratio']:.1f} times that" in part

@@ -183,22 +183,30 @@ async def ratio_to_engine(served: Served, sizes: Sizes, progress: Progress) -> d
     """Return the share of the engine's tokens a second that the gateway keeps.
 
     It is the median over pairs of turns side by side, in which the machine was much the same, with their quartiles, by number of
-    streams; and the mean of the medians.
+    streams; and the mean of the medians. A pair says nothing if the engine, asked directly, gave no token in its turn.
+
+    Raises:
+        EngineError: no pair says anything.
     """
     import numpy as np
 
     sides = [(GATEWAY, served.gateway), (ENGINE, served.engine)]
     quartiles: dict[str, list[float]] = {}
-    for done, streams in enumerate(STREAMS):
+    done, total = 0, len(STREAMS) * sizes.side_by_side
+    for streams in STREAMS:
         ratios = []
         for pair in range(sizes.side_by_side):
-            progress("gateway and engine side by side", done * sizes.side_by_side + pair, len(STREAMS) * sizes.side_by_side)
             tokens = {}
             for name, target in sides[:: -1 if pair % 2 else 1]:
                 tokens[name] = await _turn(target, streams, sizes.side_seconds)
-            ratios.append(tokens[GATEWAY] / max(1, tokens[ENGINE]))
-        quartiles[str(streams)] = np.percentile(ratios, (25, 50, 75)).tolist()
-    progress("gateway and engine side by side", 1, 1)
+            ratios.append(_ratio(tokens[GATEWAY], tokens[ENGINE]))
+            done += 1
+            progress("gateway and engine side by side", done, total)
+        known = [ratio for ratio in ratios if ratio is not None]
+        if not known:
+            raise EngineError(f"the engine gave no token to {streams} streams in {sizes.side_seconds:g} s",
+                              "a machine with time for it", "llmlab bench serve --seconds 10")  # fmt: skip
+        quartiles[str(streams)] = np.percentile(known, (25, 50, 75)).tolist()
     medians = {streams: of[1] for streams, of in quartiles.items()}
     return {
         "tokens_ratio_to_engine": sum(medians.values()) / len(medians), "tokens_ratio_to_engine_by_streams": medians,
