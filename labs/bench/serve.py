@@ -65,7 +65,7 @@ class Sizes:
         loads: multiples of the rated load.
         load_seconds: of one load.
         requests: mixed ones, some of whose clients leave.
-        extracts: questions that are answered in the words of the prompt, for speculation.
+        extracts: passages that are to be repeated, for speculation.
     """
 
     window_seconds: float
@@ -81,7 +81,7 @@ class Sizes:
 
 
 QUICK = Sizes(4.0, 2, 3, 3.0, 40, 4, (RATED, OVERLOAD), 12.0, 200, 8)
-FULL = Sizes(10.0, 3, 12, 4.0, 200, 8, (0.25, 0.5, RATED, 1.5, 2.0, OVERLOAD), 40.0, 10_000, 30)
+FULL = Sizes(10.0, 3, 12, 4.0, 200, 8, (0.25, 0.5, RATED, 1.5, 2.0, OVERLOAD), 40.0, 10_000, 48)
 
 
 def chosen(names: Sequence[str] | None) -> tuple[str, ...]:

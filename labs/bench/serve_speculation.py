@@ -1,8 +1,9 @@
 """What guessing tokens from the prompt brings to answers that repeat it: two llama.cpp engines, with it and without, in turns.
 
 The questions ask for a passage word for word, in the prompt that the reader has in service; it is the only one there, since a
-small model that is shown several writes sentences of its own. Guesses should change the speed only, but several tokens at once
-are computed in another order than one by one, so the replies are compared too.
+small model that is shown several writes sentences of its own. It does so even then for some pages, so a reply is an extract only
+if its words do stand in the prompt. Guesses should change the speed only, but several tokens at once are computed in another
+order than one by one, so the replies are compared too.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import asyncio
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
+from statistics import median
 from typing import Any, NamedTuple
 
 from labs.bench.serve_contenders import alone
@@ -22,6 +24,7 @@ from pipelines.rag.answer import messages
 
 REPLY_TOKENS = 64
 CONTEXT_TOKENS = 2048
+WORDS_TOGETHER, EXTRACT_SHARE = 4, 0.8  # an extract: so many of its runs of four words stand in the prompt
 QUESTION = "Repeat the text of passage [1] word for word."
 
 Progress = Callable[[str, int, int], None]
@@ -34,8 +37,25 @@ class Page(NamedTuple):
     text: str
 
 
+class Pair(NamedTuple):
+    """What one prompt got.
+
+    Attributes:
+        plain: the reply without guesses.
+        guessed: the reply with them.
+        extract: the plain reply repeats its prompt.
+    """
+
+    plain: Outcome
+    guessed: Outcome
+    extract: bool
+
+
 def speculation(model: Model, prompts: int, work: Path, progress: Progress) -> dict[str, Any]:
-    """Return `speculation_ratio`, how many times the tokens a second come with it, and the share of equal replies.
+    """Return what guesses bring: how many times the tokens a second, and the share of equal replies.
+
+    `speculation_ratio` is the median over the replies that are extracts, None if there is none, and `speculation_extracts` their
+    number; `speculation_ratio_all` is the median over all replies, `speculation_equal_replies` the share of all that are equal.
 
     Args:
         model: whose base llama.cpp serves.
@@ -51,24 +71,36 @@ def speculation(model: Model, prompts: int, work: Path, progress: Progress) -> d
         for on in (False, True):
             ran = alone(engine, model.name, base, work / f"speculation-{on}", CONTEXT_TOKENS, 1, speculation=on)
             urls.append(stack.enter_context(ran).url)
-        without, with_it = asyncio.run(_asked([Target(url, model.name) for url in urls], prompts, progress))
+        pairs = asyncio.run(_asked([Target(url, model.name) for url in urls], prompts, progress))
+    ratios = [(tpot(plain) / tpot(guessed), extract) for plain, guessed, extract in pairs if tpot(plain) and tpot(guessed)]
+    extracts = [ratio for ratio, extract in ratios if extract]
     return {
-        "speculation_ratio": sum(map(tpot, without)) / sum(map(tpot, with_it)),
-        "speculation_equal_replies": sum(a.text == b.text for a, b in zip(without, with_it, strict=True)) / len(without),
+        "speculation_ratio": median(extracts) if extracts else None, "speculation_extracts": len(extracts),
+        "speculation_ratio_all": median(ratio for ratio, _ in ratios) if ratios else None,
+        "speculation_equal_replies": sum(pair.plain.text == pair.guessed.text for pair in pairs) / len(pairs),
     }  # fmt: skip
 
 
-async def _asked(targets: list[Target], prompts: int, progress: Progress) -> tuple[list[Outcome], list[Outcome]]:
-    outcomes: tuple[list[Outcome], list[Outcome]] = ([], [])
-    pages = _pages()
+def is_extract(reply: str, prompt: str) -> bool:
+    """Tell whether a reply repeats its prompt: most of its runs of four words stand there, the last, maybe cut off, left out."""
+    words, there = reply.split(), f" {' '.join(prompt.split())} "
+    runs = [f" {' '.join(words[at : at + WORDS_TOGETHER])} " for at in range(len(words) - WORDS_TOGETHER)]
+    return bool(runs) and sum(run in there for run in runs) >= EXTRACT_SHARE * len(runs)
+
+
+async def _asked(targets: list[Target], prompts: int, progress: Progress) -> list[Pair]:
+    """Ask both engines the same, prompt by prompt, each first in turns."""
+    pairs, pages = [], _pages()
     async with client(targets[0]) as off, client(targets[1]) as on:
+        sides = list(zip((off, on), targets, strict=True))
         for done in range(prompts):
-            passages = [pages[done % len(pages)]]
-            body = {"messages": messages(QUESTION, passages), "max_tokens": REPLY_TOKENS, "temperature": 0}
-            for http, target, kept in zip((off, on), targets, outcomes, strict=True):
-                kept.append(await send(http, target, body))
+            asked = messages(QUESTION, [pages[done % len(pages)]])
+            body = {"messages": asked, "max_tokens": REPLY_TOKENS, "temperature": 0}
+            turn = -1 if done % 2 else 1
+            plain, guessed = [await send(http, target, body) for http, target in sides[::turn]][::turn]
+            pairs.append(Pair(plain, guessed, is_extract(plain.text, asked[-1]["content"])))
             progress("speculation", done + 1, prompts)
-    return outcomes
+    return pairs
 
 
 def _pages() -> list[Page]:

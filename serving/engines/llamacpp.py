@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 PROMPT_CACHE_MIB = 256  # llama.cpp keeps old prompts in memory, 8 GiB of them if it may: 9 GB after a thousand short requests
 # After so many tokens that stand in the text before, the next so many are guessed to be the same; all are then computed at once.
-GUESS_AFTER_TOKENS, GUESSED_TOKENS = 3, 8
+GUESS_AFTER_TOKENS, GUESSED_TOKENS = 3, 12
 NO_MEMORY = ("failed to allocate", "unable to allocate", "std::bad_alloc")
 LARGEST_SEED = 2**32 - 2  # the one above means: any
 SCHEMA_WORDS = Words(

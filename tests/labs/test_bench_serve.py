@@ -21,6 +21,7 @@ import pytest
 from labs.bench.serve import OVERLOAD, RATED, Sizes, bench_serve, chosen, draw
 from labs.bench.serve_figures import Limits, percentiles, summary, tokens_within
 from labs.bench.serve_load import Outcome, Target, arrivals, client, closed_loop, open_loop, send, story
+from labs.bench.serve_speculation import is_extract
 from pipelines.config import ROOT
 from pipelines.errors import UnknownName
 from tests.conftest import MODEL
@@ -224,9 +225,25 @@ def test_a_contender_must_exist() -> None:
         chosen(["triton"])
 
 
+@pytest.mark.parametrize(
+    ("reply", "extract"),
+    [
+        ("The lab serves small models on a CPU and on a GPU.", True),
+        ("[1] The lab serves small models on a CPU and on a", True),
+        ("The lab serves small models on a CP", True),  # cut off within a word
+        ("The lab can serve models which are small, on CPUs or GPUs.", False),
+        ("serves small models", False),  # too short to tell
+        ("", False),
+    ],
+)
+def test_a_reply_is_an_extract_if_its_words_stand_in_the_prompt(reply: str, extract: bool) -> None:
+    prompt = "Passages:\n[1] The lab serves small models\non a CPU and on a GPU.\n\nRepeat the text of passage [1] word for word."
+    assert is_extract(reply, prompt) == extract
+
+
 @pytest.mark.slow
 def test_engine_and_gateway_are_measured(tmp_path: Path) -> None:
-    sizes = Sizes(1.5, 1, 1, 1.5, 3, 1, (RATED, OVERLOAD), 2.0, 16, 1)
+    sizes = Sizes(1.5, 1, 1, 5.0, 3, 1, (RATED, OVERLOAD), 2.0, 16, 1)
     document = bench_serve(MODEL, sizes, ["gateway"], lambda *_: None, lambda _: None)
     assert set(document["tokens_per_second"]) == {"engine", "gateway"} and set(document["left_out"]) == {
         "transformers_serve",
@@ -236,7 +253,7 @@ def test_engine_and_gateway_are_measured(tmp_path: Path) -> None:
     assert document["ratio_to_transformers_serve"] is None
     assert document["leaked"]["slots"] == 0 and document["server_errors"] == 0 and document["mixed"]["requests"] == 16
     assert 0 < document["warm_ttft_ratio"] < 0.5
-    assert document["speculation_ratio"] > 0 and 0 <= document["speculation_equal_replies"] <= 1
+    assert document["speculation_ratio_all"] > 0 and 0 <= document["speculation_equal_replies"] <= 1
     draw(document, tmp_path / "s.png")
     assert (tmp_path / "s.png").read_bytes().startswith(b"\x89PNG")
     json.dumps(document)
