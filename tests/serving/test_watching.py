@@ -123,13 +123,13 @@ def test_every_panel_and_rule_shows_something(
         assert len(wanted()) > 150
         of_training = {expr: where for expr, where in wanted().items() if "llmlab_training_" in expr}
         others = {expr: where for expr, where in wanted().items() if expr not in of_training}
-        assert empty_after(60, of_training, server.url, lambda: time.sleep(0.2)) == {}
+        assert empty_after(120, of_training, server.url, lambda: time.sleep(0.2)) == {}
         training.send_signal(signal.SIGINT)  # beside it each answer would wait for a processor
         training.communicate(timeout=60)
         before = {reason: metric(http, "llmlab_cost_dollars_total", kind=reason) for reason in metrics.TOKEN_KINDS}
         load(http)
         fail(http, lab)
-        assert empty_after(60, others, server.url, lambda: load(http)) == {}
+        assert empty_after(120, others, server.url, lambda: load(http)) == {}
         check_names(http, server.url)
         check_outcomes(http, before)
         check_pictures(server.url, tmp_path)
