@@ -29,7 +29,7 @@ from typing import Any
 from labs.bench.rag_sets import indexes_in
 from labs.bench.serve_contenders import ENGINE, GATEWAY, TRANSFORMERS, VLLM, Served, gateway, missing, transformers_serve, vllm
 from labs.bench.serve_figures import Limits, percentiles, summary, tokens_within
-from labs.bench.serve_load import RAG_PATH, Outcome, Target, client, closed_loop, open_loop, send, story
+from labs.bench.serve_load import RAG_PATH, Target, answered, client, closed_loop, open_loop, send, story
 from labs.bench.serve_mixed import mixed
 from labs.bench.serve_speculation import speculation
 from pipelines import catalogue
@@ -222,7 +222,7 @@ async def first_tokens(served: Served, pairs: int, progress: Progress) -> dict[s
         sides = [(ENGINE, to_engine, served.engine), (GATEWAY, to_gateway, served.gateway)]
         for done in range(pairs):
             for name, http, target in sides[:: -1 if done % 2 else 1]:
-                times[name].append(_answered(await send(http, target, body)).ttft_seconds)
+                times[name].append(answered(await send(http, target, body)).ttft_seconds)
             progress("first token", done + 1, pairs)
     figures = {name: percentiles(of) for name, of in times.items()}
     return {"ttft_seconds": figures, "ttft_added_seconds": _of(figures[GATEWAY]["p50"]) - _of(figures[ENGINE]["p50"])}
@@ -240,7 +240,7 @@ async def questions_again(target: Target, documents: int, progress: Progress) ->
         for done, name in enumerate(DOCUMENTS[:documents]):
             first, second = (_question(name, text) for text in QUESTIONS)
             for times, body in ((cold, first), (again, first), (other, second)):
-                times.append(_answered(await send(http, target, body, RAG_PATH)).ttft_seconds)
+                times.append(answered(await send(http, target, body, RAG_PATH)).ttft_seconds)
             progress("questions asked again", done + 1, documents)
     usual = _of(percentiles(cold)["p50"])
     return {
@@ -342,7 +342,7 @@ async def _turn(target: Target, streams: int, seconds: float) -> int:
 
 async def _warm_up(target: Target) -> None:
     async with client(target) as http:
-        _answered(await send(http, target, story(4)))
+        answered(await send(http, target, story(4)))
 
 
 async def _idle(served: Served) -> None:
@@ -361,19 +361,6 @@ async def _first_model(target: Target) -> str:
     except (httpx.HTTPError, ValueError, KeyError, IndexError, TypeError) as error:
         raise EngineError(f"{target.url}/v1/models lists no model ({type(error).__name__})", "an OpenAI endpoint",
                           f"curl {target.url}/v1/models, or --model NAME") from None  # fmt: skip
-
-
-def _answered(out: Outcome) -> Outcome:
-    """Return a request that was answered with text.
-
-    Raises:
-        EngineError: it was not.
-    """
-    if not out.completed or not out.token_times:
-        raise EngineError(
-            f"a request was not answered: status {out.status} {out.error or out.text[:300]}", "a reply", "make doctor"
-        )
-    return out
 
 
 def _of(value: float | None) -> float:

@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
+from pipelines.errors import EngineError
+
 if TYPE_CHECKING:
     import httpx
 
@@ -140,6 +142,19 @@ async def send(http: httpx.AsyncClient, target: Target, body: Mapping[str, Any],
         out.end = time.perf_counter()
     except (httpx.HTTPError, ValueError) as error:
         out.error = type(error).__name__
+    return out
+
+
+def answered(out: Outcome) -> Outcome:
+    """Return a request that was answered with text.
+
+    Raises:
+        EngineError: it was not.
+    """
+    if not out.completed or not out.token_times:
+        raise EngineError(
+            f"a request was not answered: status {out.status} {out.error or out.text[:300]}", "a reply", "make doctor"
+        )
     return out
 
 

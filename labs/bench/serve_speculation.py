@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from labs.bench.serve_contenders import alone
 from labs.bench.serve_figures import tpot
-from labs.bench.serve_load import Outcome, Target, client, send
+from labs.bench.serve_load import Outcome, Target, answered, client, send
 from pipelines.catalogue import Model
 from pipelines.config import ROOT
 from pipelines.rag.answer import messages
@@ -62,6 +62,9 @@ def speculation(model: Model, prompts: int, work: Path, progress: Progress) -> d
         prompts: how many.
         work: for the engines' logs.
         progress: is told (stage, done, total).
+
+    Raises:
+        EngineError: a prompt was not answered.
     """
     from serving.engines.llamacpp import LlamaCpp
 
@@ -97,7 +100,7 @@ async def _asked(targets: list[Target], prompts: int, progress: Progress) -> lis
             asked = messages(QUESTION, [pages[done % len(pages)]])
             body = {"messages": asked, "max_tokens": REPLY_TOKENS, "temperature": 0}
             turn = -1 if done % 2 else 1
-            plain, guessed = [await send(http, target, body) for http, target in sides[::turn]][::turn]
+            plain, guessed = [answered(await send(http, target, body)) for http, target in sides[::turn]][::turn]
             pairs.append(Pair(plain, guessed, is_extract(plain.text, asked[-1]["content"])))
             progress("speculation", done + 1, prompts)
     return pairs

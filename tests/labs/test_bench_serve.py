@@ -20,10 +20,10 @@ import pytest
 
 from labs.bench.serve import OVERLOAD, RATED, Sizes, bench_serve, chosen, draw
 from labs.bench.serve_figures import Limits, percentiles, summary, tokens_within
-from labs.bench.serve_load import Outcome, Target, arrivals, client, closed_loop, open_loop, send, story
+from labs.bench.serve_load import Outcome, Target, answered, arrivals, client, closed_loop, open_loop, send, story
 from labs.bench.serve_speculation import is_extract
 from pipelines.config import ROOT
-from pipelines.errors import UnknownName
+from pipelines.errors import EngineError, UnknownName
 from tests.conftest import MODEL
 
 FIRST_SECONDS, BETWEEN_SECONDS = 0.08, 0.02
@@ -179,6 +179,8 @@ def test_a_server_that_is_not_there_is_an_outcome() -> None:
 
     out = run(load)
     assert (out.status, out.failed, out.error) == (0, True, "ConnectError")
+    with pytest.raises(EngineError, match="status 0 ConnectError"):
+        answered(out)  # two replies that never came are no equal replies
 
 
 def test_streams_are_kept_busy_until_the_time_is_up() -> None:
